@@ -27,7 +27,13 @@ from torch import Tensor, nn
 # SDE is needed. Then whatever a network is trained to predict is a linear function of x_t and of D(x_t, t).
 
 T_END = {"rf": 1.0, "trig": math.pi / 2, "vp": 1.0, "ve": 80.0}  # vp and ve end before pure noise, a > 0
-VP_BETA = (0.1, 20.0)  # score SDE's b_min, b_max
+VP_BETA_MIN, VP_BETA_SLOPE = 0.1, 19.9  # the score SDE's beta(t), from 0.1 to 20
+
+
+def known(what: str, name: str, choices: Iterable[str]) -> None:
+    """Raises ValueError unless `name` is one of `choices`."""
+    if name not in choices:
+        raise ValueError(f"unknown {what} {name!r}: choose from {', '.join(choices)}")
 
 
 def match_dims(t: Tensor, x: Tensor) -> Tensor:
@@ -37,32 +43,30 @@ def match_dims(t: Tensor, x: Tensor) -> Tensor:
 
 def path_terms(t: Tensor, path: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """a(t), s(t) of x_t = a x_0 + s e, and their time derivatives a', s'. Raises ValueError for an unknown path."""
+    known("path", path, T_END)
     if path == "rf":  # Rectified Flow
         return 1 - t, t, -torch.ones_like(t), torch.ones_like(t)
     if path == "trig":  # TrigFlow
         return t.cos(), t.sin(), -t.sin(), t.cos()
     if path == "vp":  # variance preserving: a = exp(-B / 2), s^2 = 1 - a^2, and B' = beta
-        beta, B = VP_BETA[0] + (VP_BETA[1] - VP_BETA[0]) * t, VP_BETA[0] * t + (VP_BETA[1] - VP_BETA[0]) * t**2 / 2
+        beta, B = VP_BETA_MIN + VP_BETA_SLOPE * t, VP_BETA_MIN * t + VP_BETA_SLOPE * t**2 / 2
         a, s = (-B / 2).exp(), (-torch.expm1(-B)).sqrt()
         return a, s, -beta * a / 2, beta * a**2 / (2 * s)
-    if path == "ve":  # variance exploding, as EDM has it: t is the noise level sigma
-        return torch.ones_like(t), t, torch.zeros_like(t), torch.ones_like(t)
-    raise ValueError(f"unknown path {path!r}: choose from {', '.join(T_END)}")
+    # "ve", variance exploding, as EDM has it: t is the noise level sigma
+    return torch.ones_like(t), t, torch.zeros_like(t), torch.ones_like(t)
 
 
 def time_at(a: Tensor, s: Tensor, path: str) -> Tensor:
     """The time on `path` whose signal-to-noise ratio is a : s. On vp and ve, times beyond the path's end are clamped."""
+    known("path", path, T_END)
     if path == "rf":
         return s / (a + s)
     if path == "trig":
         return torch.atan2(s, a)
     if path == "vp":  # invert B(t), a quadratic
-        b, slope = VP_BETA[0], VP_BETA[1] - VP_BETA[0]
-        B = torch.log1p((s / a) ** 2).clamp(max=b + slope / 2)
-        return 2 * B / (b + (b**2 + 2 * slope * B).sqrt())
-    if path == "ve":
-        return (s / a).clamp(max=T_END["ve"])
-    raise ValueError(f"unknown path {path!r}: choose from {', '.join(T_END)}")
+        B = torch.log1p((s / a) ** 2).clamp(max=VP_BETA_MIN + VP_BETA_SLOPE / 2)
+        return 2 * B / (VP_BETA_MIN + (VP_BETA_MIN**2 + 2 * VP_BETA_SLOPE * B).sqrt())
+    return (s / a).clamp(max=T_END["ve"])
 
 
 def prediction_row(kind: str, a: Tensor, s: Tensor, da: Tensor, ds: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -72,8 +76,7 @@ def prediction_row(kind: str, a: Tensor, s: Tensor, da: Tensor, ds: Tensor) -> t
     """
     zero, one = torch.zeros_like(a), torch.ones_like(a)
     rows = {"x0": (one, zero), "eps": (zero, one), "v": (da, ds), "score": (zero, -1 / s)}
-    if kind not in rows:
-        raise ValueError(f"unknown prediction {kind!r}: choose from {', '.join(rows)}")
+    known("prediction", kind, rows)
     p, q = rows[kind]
     return p, q, a * q - s * p
 
@@ -84,12 +87,14 @@ def convert(pred: Tensor, x_t: Tensor, t: Tensor, path: str, src: str, dst: str)
     pred = p x_0 + q e together with x_t = a x_0 + s e is a 2 x 2 linear system for (x_0, e); its solution, put into
     dst's row, is Cramer's rule:  dst = [(p_dst q - q_dst p) x_t + (a q_dst - s p_dst) pred] / (a q - s p).
 
-    pred, x_t: [B, ...], t: [B]. At t = 0 the score, and at pure noise (a = 0) eps and the score as src, determine
-    nothing else: the result is then not finite. Raises ValueError for an unknown path or prediction.
+    pred, x_t: [B, ...], t: [B]. At pure noise (a = 0) eps and the score determine nothing else: from them the result is
+    infinite or magnified rounding; so is any score at t = 0. Raises ValueError for an unknown path or prediction.
     """
     terms = path_terms(match_dims(t, x_t), path)
     p, q, det = prediction_row(src, *terms)
     p_dst, q_dst, det_dst = prediction_row(dst, *terms)
+    if src == dst:
+        return pred
     return (p_dst * q - q_dst * p) / det * x_t + det_dst / det * pred
 
 
@@ -162,7 +167,7 @@ def weight_density(recipe: Recipe, log_snr: Tensor) -> Tensor:
 
     if law is None:
         a, s, _, _ = path_terms(torch.tensor([T_END[path], T_MIN]).to(log_snr), path)
-        low, high = (2 * (a / s).log()).clamp(min=-60).tolist()
+        low, high = (2 * (a / s).clamp(min=1e-13).log()).tolist()
     else:
         low, high = -2 * law[0] - 24 * law[1], -2 * law[0] + 24 * law[1]  # twelve standard deviations each way
     grid = torch.linspace(low, high, 20_001).to(log_snr)
@@ -192,10 +197,13 @@ class RectifiedFlowView(nn.Module):
         super().__init__()
         self.net, self.path, self.predicts = net, path, predicts
 
-    def forward(self, x_t: Tensor, t: Tensor, cond: dict | None = None) -> Tensor:
+    def forward(self, x_t: Tensor, t: Tensor, cond: dict | None = None, **features: bool):
         x_u, u = equal_snr(x_t, t, "rf", self.path)
-        x_0 = convert(self.net(x_u, u, cond), x_u, u, self.path, self.predicts, "x0")
-        return convert(x_0, x_t, t, "rf", "x0", "v")
+        out = self.net(x_u, u, cond, **features)
+        pred, *hidden = out if features else (out,)
+        x_0 = convert(pred, x_u, u, self.path, self.predicts, "x0")
+        v = convert(x_0, x_t, t, "rf", "x0", "v")
+        return (v, *hidden) if features else v
 
 
 def as_rectified_flow(net: nn.Module, path: str, predicts: str = "v") -> nn.Module:
@@ -220,10 +228,13 @@ def guided(
     """Classifier-free guidance, v = v_uncond + guidance (v_cond - v_uncond), in one batched call.
 
     Returns v and, with features=True, the pooled hidden states [B, channels] of the conditional half, which alone the
-    adversarial pair judges (else None). One unconditional row in uncond serves the whole batch.
+    adversarial pair judges (else None). One unconditional row in uncond serves the whole batch. Raises ValueError for a
+    guidance other than 1 without both cond and uncond.
     """
-    plain = guidance == 1 or uncond is None
+    plain = guidance == 1
     if not plain:
+        if cond is None or uncond is None:
+            raise ValueError(f"guidance {guidance} needs cond and uncond")
         x_t, t = torch.cat([x_t, x_t]), torch.cat([t, t])
         cond = {key: torch.cat([cond[key], uncond[key].expand_as(cond[key])]) for key in cond}
     v, hidden = net(x_t, t, cond, features=True) if features else (net(x_t, t, cond), None)
@@ -233,7 +244,7 @@ def guided(
     return v_uncond + guidance * (v_cond - v_uncond), hidden if hidden is None else hidden.chunk(2)[0]
 
 
-def weighted(per_element: Tensor, w: Tensor | float = 1.0) -> Tensor:
+def weighted(per_element: Tensor, w: Tensor) -> Tensor:
     """Every loss here: sum over dimensions, weight w(t): [B], mean over the batch. per_element: [B, ...] -> scalar"""
     return (w * per_element.flatten(1).sum(1)).mean()
 
@@ -261,8 +272,7 @@ WEIGHTS = {  # w(t) of the generator's loss; where t stands in a denominator, th
 
 def loss_weight(weight: str, t: Tensor, x_g: Tensor, d_real: Tensor) -> Tensor:
     """w(t) by name: a key of WEIGHTS, else ValueError. No gradient. t: [B] -> [B]"""
-    if weight not in WEIGHTS:
-        raise ValueError(f"unknown weight {weight!r}: choose from {', '.join(WEIGHTS)}")
+    known("weight", weight, WEIGHTS)
     if weight == "sid":
         return 1 / (x_g - d_real).detach().abs().flatten(1).mean(1).clamp(min=1e-5)
     return WEIGHTS[weight](t)
@@ -284,8 +294,8 @@ def sid_loss(x_g: Tensor, d_real: Tensor, d_fake: Tensor, t: Tensor, alpha: floa
 
 
 def dmd_loss(x_g: Tensor, d_real: Tensor, d_fake: Tensor, t: Tensor, weight: str = "1-t") -> Tensor:
-    """Distribution matching distillation, for comparison: a scalar whose gradient with respect to x_g is
-    w (f_psi - f_phi), with nothing flowing through either network. Shapes as in sid_loss."""
+    """Distribution matching distillation, for comparison: a scalar whose gradient with respect to each x_g of the batch
+    is w (f_psi - f_phi) / B, with nothing flowing through either network. Shapes and weights as in sid_loss."""
     return weighted((d_fake - d_real).detach() * x_g, loss_weight(weight, t, x_g, d_real))
 
 
@@ -340,8 +350,7 @@ def generate(
     last = steps if stop_after is None else stop_after
     if not 1 <= last <= steps:
         raise ValueError(f"generate needs 1 <= stop_after <= steps: stop_after is {last}, steps {steps}")
-    if noise not in NOISES:
-        raise ValueError(f"unknown noise {noise!r}: choose from {', '.join(NOISES)}")
+    known("noise", noise, NOISES)
     x_t = z
     for i in range(last):
         t = z.new_full((len(z),), 1 - i / steps)
@@ -376,12 +385,14 @@ def sample_ode(
 
 
 def set_trainable(optimizer: torch.optim.Optimizer, flag: bool) -> None:
+    """Whether the weights that `optimizer` moves take gradients."""
     for group in optimizer.param_groups:
         for weight in group["params"]:
             weight.requires_grad_(flag)
 
 
 def update(optimizer: torch.optim.Optimizer, loss: Tensor) -> None:
+    """One optimizer step down the gradient of loss."""
     optimizer.zero_grad(set_to_none=True)
     loss.backward()
     optimizer.step()
@@ -408,24 +419,25 @@ def distill(
     warmup: tuple[int, int] = (20_000, 40_000),
     rng: torch.Generator | None = None,
 ) -> Iterator[dict]:
-    """The training loop. Distils `teacher` (frozen here) into `student`, both of which with `fake` start as copies.
+    """The training loop: distils `teacher` into `student`. All three networks start as copies of the teacher.
 
-    optimizers: the student's and the fake network's; Adam with betas (0, 0.999) in the paper. batches yields, for each
-    iteration, cond (a dict of tensors or None) and real (data-aided: clean samples x_0 of that cond; data-free: None).
-    shape: of a batch of samples, (B, ...). law: of the times t of both losses. guidance: "long and short", the same in
-    the fake network's training and in both networks of the generator's loss; the generator itself runs without.
-    Data-aided, the generator's loss is (sid_scale SiD + adversarial) / 2; it waits for the first warmup[0] images, and
-    sees SiD alone until warmup[1].
+    optimizers: the student's and the fake network's; Adam with betas (0, 0.999) in the paper. What they do not hold is
+    frozen here. batches yields, for each iteration, cond (a dict of tensors or None) and real (data-aided: clean samples
+    x_0 of that cond; data-free: None); the loop ends with it, or after `iters`. shape: of a batch of samples, (B, ...).
+    law: of the times t of both losses. guidance: "long and short", the same in the fake network's training and in both
+    networks of the generator's loss; the generator itself runs without. rng: where all noise, times and k come from.
+    The generator's loss is sid_scale L_alpha (against Adam's eps). Data-aided it is (sid_scale L_alpha + adversarial) / 2,
+    but the generator waits for the first warmup[0] images, and sees L_alpha alone until warmup[1].
 
-    Yields after each iteration a dict of measurements, as tensors on the device: loss (the generator's), fisher (L1, an
+    Yields after each iteration a dict of measurements, as tensors on the device: loss (L_alpha or DMD's), fisher (L1, an
     estimate of the Fisher divergence: the number to watch), fake_loss, and data-aided discriminator and adversarial;
     and the numbers iteration, images (seen so far) and k. Raises ValueError for an unknown loss, weight or noise.
     """
-    if loss not in LOSSES:
-        raise ValueError(f"unknown loss {loss!r}: choose from {', '.join(LOSSES)}")
+    known("loss", loss, LOSSES), known("weight", weight, WEIGHTS), known("noise", noise, NOISES)
     student_optimizer, fake_optimizer = optimizers
-    teacher.requires_grad_(False)
-    set_trainable(student_optimizer, True)  # a copy of a frozen teacher is frozen
+    for net in (teacher, student, fake):
+        net.requires_grad_(False)
+    set_trainable(student_optimizer, True)
     weights = next(student.parameters())
     like = torch.empty(shape, device=weights.device, dtype=torch.promote_types(weights.dtype, torch.float32))
 
@@ -456,8 +468,8 @@ def distill(
         # 2. The generator follows L_alpha, both networks' weights held: gradients pass through their inputs alone.
         set_trainable(fake_optimizer, False)
         x_g, e, t, x_t = generate_and_noise(cond, k)
-        if loss == "dmd":
-            x_t = x_t.detach()
+        if loss == "dmd" and real is None:
+            x_t = x_t.detach()  # DMD sends nothing through the networks
         v_real, _ = guided(teacher, x_t, t, cond, uncond, guidance)
         v_fake, hidden = guided(fake, x_t, t, cond, uncond, guidance, features=real is not None)
         d_real, d_fake = (convert(v, x_t, t, "rf", "v", "x0") for v in (v_real, v_fake))
@@ -468,10 +480,11 @@ def distill(
         else:
             student_loss = dmd_loss(x_g, d_real, d_fake, t, weight)
         measured["loss"] = student_loss
+        student_loss = sid_scale * student_loss
         if real is not None:
             measured["adversarial"] = adversarial_loss(hidden, like[0].numel(), w)
             if images >= warmup[1]:
-                student_loss = (sid_scale * student_loss + measured["adversarial"]) / 2
+                student_loss = (student_loss + measured["adversarial"]) / 2
         if real is None or images >= warmup[0]:
             update(student_optimizer, student_loss)
         yield {key: value.detach() if isinstance(value, Tensor) else value for key, value in measured.items()}

@@ -65,10 +65,14 @@ def weights(net):
         lambda x, t: generate(Tiny(), x, steps=4, stop_after=5),
         lambda x, t: generate(Tiny(), x, steps=0),
         lambda x, t: next(distill(*trio(), [(None, None)], (4, 2), loss="gan")),
+        lambda x, t: next(distill(*trio(), [(None, None)], (4, 2), weight="none")),
+        lambda x, t: next(distill(*trio(), [(None, None)], (4, 2), noise="white")),
+        lambda x, t: guided(Tiny(), x, t, {"word": x}, None, 4.5),
+        lambda x, t: guided(Tiny(), x, t, None, {"word": x}, 4.5),
     ],
 )
 def test_bad_arguments_name_what_is_wrong(call):
-    with pytest.raises(ValueError, match="unknown|1 <= stop_after <= steps"):
+    with pytest.raises(ValueError, match="unknown|1 <= stop_after <= steps|needs cond and uncond"):
         call(torch.randn(4, 2), torch.full((4,), 0.5))
 
 
@@ -100,6 +104,23 @@ def test_a_rectified_flow_network_is_not_wrapped():
     assert list(sid_fm.as_rectified_flow(net, "trig").parameters()) == list(net.parameters())
 
 
+@pytest.mark.parametrize("path", sid_fm.T_END)
+def test_a_view_hands_on_features_and_is_finite_at_pure_noise_in_float32(path):
+    net = Tiny().float()
+    view = sid_fm.as_rectified_flow(net, path, "x0")
+    x_t, t = torch.randn(3, 2).float(), torch.tensor([0.01, 0.5, 1.0]).float()
+    v, h = view(x_t, t, None, features=True)
+    assert torch.equal(v, view(x_t, t)) and v.isfinite().all() and h.shape == (3, 16)
+    density = sid_fm.weight_density(sid_fm.Recipe(path, "v"), torch.linspace(-10, 10, 9).float())
+    assert density.isfinite().all() and density.max() > 0
+
+
+@pytest.mark.parametrize("kind", ["x0", "eps", "v", "score"])
+def test_converting_to_itself_changes_nothing_even_at_the_ends(kind):
+    pred, x_t = torch.randn(2, 3, 2)
+    assert torch.equal(convert(pred, x_t, torch.tensor([0.0, 0.5, 1.0]), "rf", kind, kind), pred)
+
+
 def test_uniform_times_fill_the_path():
     t = sid_fm.draw_times(100_000, None, "trig", rng())
     assert t.min() >= sid_fm.T_MIN and t.max() <= math.pi / 2
@@ -129,11 +150,7 @@ def test_guidance_is_one_batched_call():
     v, h = guided(net, x_t, t, cond, uncond, 4.5)
     torch.testing.assert_close(v, v_uncond + 4.5 * (v_cond - v_uncond))
     assert h is None
-    for plain in (
-        guided(net, x_t, t, cond, uncond, 1.0, features=True),
-        guided(net, x_t, t, cond, None, 4.5, features=True),
-    ):
-        torch.testing.assert_close(plain, (v_cond, h_cond))
+    torch.testing.assert_close(guided(net, x_t, t, cond, uncond, 1.0, features=True), (v_cond, h_cond))
 
 
 def test_dmd_moves_the_sample_along_the_difference_and_nothing_else():
@@ -198,10 +215,10 @@ def test_distill_yields_measurements_and_leaves_the_teacher_alone():
     assert not torch.equal(weights(student), before) and not torch.equal(weights(fake), before)
 
 
-def test_distill_at_the_first_iteration_sees_the_fake_network_as_it_was_just_updated():
+def test_where_the_fake_network_is_the_teacher_there_is_nothing_to_see():
     teacher, student, fake, optimizers = trio(lr=0.0)
     measured = next(distill(teacher, student, fake, optimizers, [(None, None)], (8, 2), rng=rng()))
-    assert measured["fisher"] == 0 and measured["loss"] == 0  # fake = teacher: the estimate means nothing yet
+    assert measured["fisher"] == 0 and measured["loss"] == 0
 
 
 def test_distill_is_reproducible_and_runs_without_a_generator():
@@ -234,51 +251,94 @@ def test_distill_uses_guidance_in_all_three_places_but_not_in_the_generator():
     assert rows == {"teacher": [16], "student": [8, 8], "fake": [16, 16]}
 
 
-def test_dmd_runs_through_the_same_loop():
-    teacher, student, fake, optimizers = trio()
-    before = weights(student)
-    list(
-        distill(
-            teacher, student, fake, optimizers, itertools.repeat((None, None)), (8, 2), loss="dmd", iters=2, rng=rng()
-        )
-    )
-    assert not torch.equal(weights(student), before)
+ONE_ITERATION = {
+    "the paper's": {},
+    "other weights": {"alpha": 0.5, "weight": "1/t^2", "law": None, "sid_scale": 7.0},
+    "fixed noise": {"noise": "fixed"},
+    "ddim noise": {"noise": "ddim"},
+    "guided": {"guidance": 3.0},
+    "dmd": {"loss": "dmd"},
+    "data-aided": {"real": True},
+    "data-aided, guided, dmd": {"real": True, "guidance": 3.0, "loss": "dmd"},
+}
 
 
-def test_one_iteration_is_the_losses_of_chapter_2():
-    """A transcription of one data-aided iteration with one step, K = 1, from the same random numbers."""
-    teacher, student, fake, optimizers = trio()
-    real, mine, opponent = torch.randn(8, 2) + 2, copy.deepcopy(student), copy.deepcopy(fake)
-    list(
-        distill(teacher, student, fake, optimizers, [(None, real)], (8, 2), steps=1, warmup=(0, 0), iters=1, rng=rng())
-    )
+@pytest.mark.parametrize("options", ONE_ITERATION.values(), ids=ONE_ITERATION)
+def test_one_iteration_is_the_losses_of_chapter_2(options):
+    """One iteration at K = 2, written out with formulas, from the same random numbers."""
+    options = {"alpha": 1.0, "weight": "1-t", "law": sid_fm.SID_LAW, "noise": "fresh", "loss": "sid"} | options
+    guidance, scale = options.setdefault("guidance", 1.0), options.setdefault("sid_scale", 100.0)
+    real = torch.randn(8, 2) + 2 if options.pop("real", False) else None
+    cond, uncond = {"word": torch.randn(8, 2)}, {"word": torch.zeros(1, 2)}
+    teacher, student, fake, _ = trio()
+    mine, opponent = copy.deepcopy(student), copy.deepcopy(fake)
+
+    def sgd(net):
+        return torch.optim.SGD(net.parameters(), lr=1e-3)
+
+    nets = (teacher, student, fake, (sgd(student), sgd(fake)))
+    loop = distill(*nets, [(cond, real)], (8, 2), steps=2, warmup=(0, 0), uncond=uncond, rng=rng(), **options)
+    measured = next(loop)
 
     g, like = rng(), torch.empty(8, 2)
-    torch.randint(1, 2, (), generator=g)
-    z, e = sid_fm.noise_like(like, g), sid_fm.noise_like(like, g)
-    t = sid_fm.draw_times(8, sid_fm.SID_LAW, rng=g)
-    x_g = (z - mine(z, torch.ones(8))).detach()
-    v, h = opponent(add_noise(x_g, e, t), t, features=True)
-    _, h_real = opponent(add_noise(real, sid_fm.noise_like(real, g), t), t, features=True)
-    loss = (v - (e - x_g)).square().sum(1).mean() + 2 * (F.softplus(-h_real).mean() + F.softplus(h).mean()) / 2
-    optimizer = torch.optim.Adam(opponent.parameters(), lr=1e-2, betas=(0.0, 0.999))
-    loss.backward()
-    optimizer.step()
+    k = int(torch.randint(1, 3, (), generator=g))
+
+    def velocity(net, x_t, t):
+        v, h = net(x_t, t, cond, features=True)
+        return v + (guidance - 1) * (v - net(x_t, t, {"word": torch.zeros(8, 2)})), h
+
+    def draw(generator):
+        z = x = sid_fm.noise_like(like, g)
+        t = torch.ones(8)
+        if k == 2:
+            v = generator(x, t, cond).detach()
+            n = {"fresh": lambda: sid_fm.noise_like(like, g), "fixed": lambda: z, "ddim": lambda: x}[options["noise"]]()
+            x, t = (x - v) / 2 + n / 2, t / 2
+        x_g = x - t[:, None] * generator(x, t, cond)
+        e, t = sid_fm.noise_like(like, g), sid_fm.draw_times(8, options["law"], rng=g)
+        return x_g, e, t
+
+    x_g, e, t = draw(mine)
+    x_g = x_g.detach()
+    v, h = velocity(opponent, add_noise(x_g, e, t), t)
+    loss = (v - (e - x_g)).square().sum(1).mean()
+    if real is not None:
+        _, h_real = opponent(add_noise(real, sid_fm.noise_like(real, g), t), t, cond, features=True)
+        loss = loss + 2 * (F.softplus(-h_real).mean() + F.softplus(h).mean()) / 2
+    sid_fm.update(sgd(opponent), loss)
     torch.testing.assert_close(weights(opponent), weights(fake))
 
-    z, e = sid_fm.noise_like(like, g), sid_fm.noise_like(like, g)
-    t = sid_fm.draw_times(8, sid_fm.SID_LAW, rng=g)
-    x_g = z - mine(z, torch.ones(8))
+    x_g, e, t = draw(mine)
     x_t = (1 - t)[:, None] * x_g + t[:, None] * e
-    v, h = opponent(x_t, t, features=True)
-    phi, psi = x_t - t[:, None] * teacher(x_t, t), x_t - t[:, None] * v
-    sid = ((1 - t) * ((phi - psi) * (psi - x_g)).sum(1)).mean()
-    loss = (100 * sid + 2 * ((1 - t)[:, None] * F.softplus(-h)).mean()) / 2
-    optimizer = torch.optim.Adam(mine.parameters(), lr=1e-2, betas=(0.0, 0.999))
-    optimizer.zero_grad()
-    loss.backward()
-    optimizer.step()
+    v, h = velocity(opponent, x_t, t)
+    phi, psi = x_t - t[:, None] * velocity(teacher, x_t, t)[0], x_t - t[:, None] * v
+    w = 1 - t if options["weight"] == "1-t" else 1 / t**2
+    if options["loss"] == "sid":
+        loss = (w * ((phi - psi) * ((phi - x_g) - options["alpha"] * (phi - psi))).sum(1)).mean()
+    else:
+        loss = (w * ((psi - phi).detach() * x_g).sum(1)).mean()
+    torch.testing.assert_close(measured["loss"], loss.detach())
+    torch.testing.assert_close(measured["fisher"], (w * (phi - psi).square().sum(1)).mean().detach())
+    loss = scale * loss
+    if real is not None:
+        loss = (loss + 2 * (w[:, None] * F.softplus(-h)).mean()) / 2
+    sid_fm.update(sgd(mine), loss)
     torch.testing.assert_close(weights(mine), weights(student))
+
+
+def test_low_precision_weights_see_float32_samples():
+    seen = []
+
+    class Half(Tiny):
+        def forward(self, x_t, t, cond=None, features=False):
+            seen.append((x_t.dtype, t.dtype))
+            return super().forward(x_t.to(torch.bfloat16), t.to(torch.bfloat16)).float()
+
+    teacher = Half().to(torch.bfloat16)
+    student, fake = copy.deepcopy(teacher), copy.deepcopy(teacher)
+    optimizers = tuple(torch.optim.Adam(net.parameters()) for net in (student, fake))
+    list(distill(teacher, student, fake, optimizers, [(None, None)], (8, 2), rng=rng()))
+    assert set(seen) == {(torch.float32, torch.float32)}
 
 
 def test_data_aided_schedule():
