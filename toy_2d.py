@@ -1128,7 +1128,7 @@ def parse() -> argparse.Namespace:
     add("--weight", choices=sid_fm.WEIGHTS, default="1/t", help="w(t) of the generator's loss (%(default)s)")
     add("--noise", choices=sid_fm.NOISES, default="fresh", help="between the student's steps (%(default)s)")
     add("--path", choices=sid_fm.T_END, default="rf", help="on which the teacher is trained (%(default)s)")
-    add("--iters", type=whole(1), help="of distillation (2000; with --quick 400, with --sweep 1000)")
+    add("--iters", type=whole(1), help="of distillation (2000; with --quick 300, with --sweep 1000)")
     add("--seed", type=whole(0), default=0, help="fixes everything (%(default)s)")
     add("--out", type=Path, default=Path("runs/toy_2d"), help="folder of the figures (%(default)s)")
     add("--quick", action="store_true", help="a short run, 25 s")
@@ -1136,7 +1136,7 @@ def parse() -> argparse.Namespace:
     only.add_argument("--check", action="store_true", help="the derivation alone; exit status 1 if a claim fails")
     only.add_argument("--sweep", action="store_true", help="how sensitive the method is to its choices, 15 minutes")
     args = parser.parse_args()
-    args.iters = args.iters or (1000 if args.sweep else 400 if args.quick else 2000)
+    args.iters = args.iters or (1000 if args.sweep else 300 if args.quick else 2000)
     return args
 
 
@@ -1150,12 +1150,13 @@ def main() -> None:
             tempfile.TemporaryFile(dir=args.out).close()
         except OSError as error:
             fail(f"cannot write to the folder --out {args.out}: {error.strerror}")
+        held = args.sweep or check_all(args.seed)
         if args.sweep:
-            return sweep(args)
-        held = check_all(args.seed)
-        draw_densities(args.out)
-        draw_alpha(args.out)
-        run(args)
+            sweep(args)
+        else:
+            draw_densities(args.out)
+            draw_alpha(args.out)
+            run(args)
     except FloatingPointError as error:
         fail(f"{error}: try another --weight or --seed", status=1)
     except KeyboardInterrupt:
