@@ -795,7 +795,7 @@ def draw_alpha(out: Path) -> None:
         plane.plot([], [], color=color, linewidth=2.5, label=name)
     ends = torch.stack([torch.zeros(2), g["true"], g["path_1"], *along])
     plane.plot(*torch.stack(along).T, ":", color=INK, linewidth=1, label=r"$L_\alpha$ for $\alpha$ from 0 to 1.5")
-    (left, bottom), (right, top) = ends.min(0).values - 0.008, ends.max(0).values + 0.008
+    (left, bottom), (right, top) = (ends.min(0).values - 0.008).tolist(), (ends.max(0).values + 0.008).tolist()
     plane.set(xlim=(left, right + 0.02), ylim=(bottom, top + 0.035), xlabel="d/dm", ylabel="d/ds", aspect="equal")
     plane.set_title("Gradients in (m, s)", loc="left")
     plane.locator_params(axis="x", nbins=4)
