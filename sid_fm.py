@@ -474,7 +474,7 @@ def distill(
         v_fake, hidden = guided(fake, x_t, t, cond, uncond, guidance, features=real is not None)
         d_real, d_fake = (convert(v, x_t, t, "rf", "v", "x0") for v in (v_real, v_fake))
         w = loss_weight(weight, t, x_g, d_real)
-        measured["fisher"] = weighted((d_real - d_fake).square(), w)
+        measured["fisher"] = weighted((d_real - d_fake).detach().square(), w)
         if loss == "sid":
             student_loss = sid_loss(x_g, d_real, d_fake, t, alpha, weight)
         else:
