@@ -4,6 +4,14 @@
     2. Losses    the fake network's regression, the SiD loss, DMD for comparison, the adversarial pair  (section 3)
     3. Loop      few-step generation, and the one training loop that every script of this project runs
 
+The paper ends here. What follows is what it takes to run it on the teachers of its experiments:
+
+    4. Backbones       MMDiT (SD3, SD3.5), FLUX, SANA's linear DiT, in plain PyTorch
+    5. Autoencoders    KL (SD3, FLUX) and DC-AE (SANA)
+    6. Text            prompts to conditions, on transformers' CLIP, T5 and Gemma-2
+    7. Teachers        their names, loading them, saving and loading students
+   10. Command line    python sid_fm.py --teacher sd3-medium
+
 Notation, as in the paper: x_0 is clean data, e ~ N(0, I) noise, x_t = a(t) x_0 + s(t) e the noisy sample.
 D(x_t, t) = E[x_0 | x_t] is the posterior mean; f_phi is the teacher's D, f_psi the fake network's, x_g = G_theta(z)
 the generator's output. lambda = log(a^2 / s^2) is the log-SNR.
@@ -12,9 +20,30 @@ Every network has one face: v = net(x_t, t, cond), the velocity out, t in [0, 1]
 of tensors (batch first) or None. Tensors are [B, ...] and times [B].
 """
 
+import argparse
+import contextlib
+import copy
+import errno
+import gc
+import hashlib
+import inspect
+import json
 import math
-from collections.abc import Callable, Iterable, Iterator
-from typing import NamedTuple
+import os
+import random
+import re
+import shlex
+import shutil
+import sys
+import tempfile
+import textwrap
+import warnings
+import zlib
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import cached_property, partial
+from pathlib import Path
+from typing import ClassVar, NamedTuple, NoReturn
 
 import torch
 import torch.nn.functional as F
@@ -339,21 +368,25 @@ def generate(
     steps: int = 4,
     noise: str = "fresh",
     stop_after: int | None = None,
+    times: Tensor | None = None,
     rng: torch.Generator | None = None,
 ) -> Tensor:
     """x_g = G(z) in K = steps network evaluations, or what the first `stop_after` of them give.
 
     Step i predicts D at t_i = 1 - i/K and noises it to the next time, x = (1 - t_{i+1}) D + t_{i+1} n, where n is
     `fresh` noise, `fixed` (z again) or `ddim` (the noise that the prediction implies). Only the last step carries
-    gradient. Raises ValueError unless 1 <= stop_after <= steps, and for an unknown noise. z: [B, ...] -> [B, ...]
+    gradient. times: other t_0 > ... > t_K = 0 than these, which then give K. Raises ValueError unless
+    1 <= stop_after <= steps, and for an unknown noise. z: [B, ...] -> [B, ...]
     """
+    steps = steps if times is None else len(times) - 1
     last = steps if stop_after is None else stop_after
     if not 1 <= last <= steps:
         raise ValueError(f"generate needs 1 <= stop_after <= steps: stop_after is {last}, steps {steps}")
     known("noise", noise, NOISES)
+    t_i = [1 - i / steps for i in range(steps + 1)] if times is None else times.tolist()
     x_t = z
     for i in range(last):
-        t = z.new_full((len(z),), 1 - i / steps)
+        t = z.new_full((len(z),), t_i[i])
         with torch.set_grad_enabled(torch.is_grad_enabled() and i == last - 1):
             v = net(x_t, t, cond)
             x_0 = convert(v, x_t, t, "rf", "v", "x0")
@@ -362,7 +395,7 @@ def generate(
                 n = convert(v, x_t, t, "rf", "v", "eps")
             else:
                 n = z if noise == "fixed" else noise_like(z, rng)
-            x_t = add_noise(x_0, n, torch.full_like(t, 1 - (i + 1) / steps))
+            x_t = add_noise(x_0, n, torch.full_like(t, t_i[i + 1]))
     return x_0
 
 
@@ -488,3 +521,1931 @@ def distill(
         if real is None or images >= warmup[0]:
             update(student_optimizer, student_loss)
         yield {key: value.detach() if isinstance(value, Tensor) else value for key, value in measured.items()}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 4. Backbones: SD3 and SD3.5's MMDiT, SANA's linear DiT, FLUX
+# ----------------------------------------------------------------------------------------------------------------------
+# Constructors take the keys of a checkpoint's config.json; modules carry the names of its tensors, so that loading is
+# load_state_dict and saving its inverse. What never varies among the checkpoints is no option but a line of FIXED, which
+# the loader holds a config against. As in the original networks, time embeddings, norms' statistics, rotations and
+# linear attention are computed in float32 whatever the dtype of the weights.
+
+
+def sinusoidal(t: Tensor, dim: int = 256) -> Tensor:
+    """cos and sin of t at dim / 2 frequencies from 1 down to 1e-4, in float32. [B] -> [B, dim]"""
+    angles = t[:, None].float() * torch.exp(
+        -math.log(10000) * torch.arange(dim // 2, device=t.device, dtype=torch.float32) / (dim // 2)
+    )
+    return torch.cat([angles.cos(), angles.sin()], dim=-1)
+
+
+def modulate(x: Tensor, shift: Tensor, scale: Tensor, eps: float = 1e-6) -> Tensor:
+    """Adaptive layer norm: LN(x) (1 + scale) + shift. x: [B, N, D]; shift, scale: [B, 1, D]"""
+    return F.layer_norm(x, x.shape[-1:], eps=eps) * (1 + scale) + shift
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean x^2 + eps) * weight (+ bias), over the last dimension, the mean in float32. (FLUX takes torch's.)"""
+
+    def __init__(self, dim: int, eps: float = 1e-6, bias: bool = False):
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(dim))
+        self.bias = nn.Parameter(torch.zeros(dim)) if bias else None
+
+    def reset_parameters(self) -> None:
+        nn.init.ones_(self.weight)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = (x * torch.rsqrt(x.float().square().mean(-1, keepdim=True) + self.eps)).to(self.weight.dtype) * self.weight
+        return x if self.bias is None else x + self.bias
+
+
+class PatchEmbed(nn.Module):
+    """Latents to tokens, [B, C, h, w] -> [B, (h / p) (w / p), D], with a table of positions where max_size is given."""
+
+    def __init__(self, channels: int, dim: int, patch_size: int, max_size: int = 0, base_size: int = 0):
+        super().__init__()
+        self.proj = nn.Conv2d(channels, dim, patch_size, patch_size)
+        self.max_size, self.base_size = max_size, base_size
+        if max_size:
+            self.register_buffer("pos_embed", torch.empty(1, max_size**2, dim))
+            self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Half of the channels for the column and half for the row, each sin and cos of the position, scaled so that
+        the table spans 0 .. base_size."""
+        if self.max_size:
+            n, dim = self.max_size, self.pos_embed.shape[-1]
+            omega = 10000.0 ** (-torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))
+            angles = torch.arange(n, dtype=torch.float64)[:, None] * self.base_size / n * omega
+            one = torch.cat([angles.sin(), angles.cos()], dim=-1)  # [n, D / 2]
+            table = torch.cat([one[None].expand(n, -1, -1), one[:, None].expand(-1, n, -1)], dim=-1)
+            self.pos_embed.copy_(table.reshape(1, n * n, dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = self.proj(x)
+        rows, columns = tokens.shape[-2:]
+        tokens = tokens.flatten(2).transpose(1, 2)
+        if not self.max_size:
+            return tokens
+        top, left = (self.max_size - rows) // 2, (self.max_size - columns) // 2
+        if min(top, left) < 0:
+            raise ValueError(
+                f"{rows} x {columns} patches: the table of positions has {self.max_size} x {self.max_size}"
+            )
+        table = self.pos_embed.unflatten(1, (self.max_size, self.max_size))[:, top : top + rows, left : left + columns]
+        return tokens + table.flatten(1, 2)
+
+
+def unpatchify(tokens: Tensor, rows: int, patch_size: int) -> Tensor:
+    """[B, N, p p C] -> [B, C, h, w], each token's channels ordered (row in patch, column in patch, C)."""
+    grid = tokens.unflatten(2, (patch_size, patch_size, -1)).unflatten(1, (rows, -1))  # [B, h/p, w/p, p, p, C]
+    return grid.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)
+
+
+class Embedder(nn.Module):
+    """linear, activation, linear: of time, guidance, pooled text, captions."""
+
+    def __init__(self, dim_in: int, dim: int, activation: Callable[[Tensor], Tensor] = F.silu):
+        super().__init__()
+        self.linear_1, self.linear_2 = nn.Linear(dim_in, dim), nn.Linear(dim, dim)
+        self.activation = activation
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear_2(self.activation(self.linear_1(x)))
+
+
+class Conditioning(nn.Module):
+    """c = time + guidance + pooled text, each embedded, as far as the network has them. -> [B, D]"""
+
+    def __init__(self, dim: int, pooled_dim: int = 0, guidance: bool = False):
+        super().__init__()
+        self.timestep_embedder = Embedder(256, dim)
+        self.guidance_embedder = Embedder(256, dim) if guidance else None
+        self.text_embedder = Embedder(pooled_dim, dim) if pooled_dim else None
+
+    def forward(self, t: Tensor, guidance: Tensor | None, pooled: Tensor | None) -> Tensor:
+        dtype = self.timestep_embedder.linear_1.weight.dtype
+        c = self.timestep_embedder(sinusoidal(t).to(dtype))
+        if self.guidance_embedder is not None:
+            c = c + self.guidance_embedder(sinusoidal(guidance).to(dtype))
+        return c if self.text_embedder is None else c + self.text_embedder(pooled.to(dtype))
+
+
+class Modulation(nn.Module):
+    """c -> n shifts, scales and gates. [B, D] -> n tensors [B, 1, D]"""
+
+    def __init__(self, dim: int, n: int):
+        super().__init__()
+        self.n, self.linear = n, nn.Linear(dim, n * dim)
+
+    def forward(self, c: Tensor) -> tuple[Tensor, ...]:
+        return self.linear(F.silu(c))[:, None].chunk(self.n, dim=-1)
+
+
+class GELULinear(nn.Module):
+    def __init__(self, dim: int, hidden: int):
+        super().__init__()
+        self.proj = nn.Linear(dim, hidden)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.gelu(self.proj(x), approximate="tanh")
+
+
+class FeedForward(nn.Module):
+    def __init__(self, dim: int):
+        super().__init__()
+        self.net = nn.Sequential(GELULinear(dim, 4 * dim), nn.Identity(), nn.Linear(4 * dim, dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x)
+
+
+def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+    """Rotary embedding: neighbouring channels are the two coordinates that turn. x: [B, H, N, d]; cos, sin: [N, d]"""
+    cos, sin = rope
+    even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)
+    turned = torch.stack([-odd, even], dim=-1).flatten(-2)  # by a quarter
+    return (x.float() * cos + turned.float() * sin).to(x.dtype)
+
+
+class JointAttention(nn.Module):
+    """Attention among image tokens; with context=True jointly among text and image tokens, which have projections and
+    q/k-norms of their own, text first."""
+
+    def __init__(
+        self,
+        dim: int,
+        heads: int,
+        norm: Callable[[int], nn.Module],
+        out: bool = True,
+        context: bool = False,
+        last: bool = False,
+    ):
+        super().__init__()
+        self.heads = heads
+        self.to_q, self.to_k, self.to_v = (nn.Linear(dim, dim) for _ in range(3))
+        self.to_out = nn.ModuleList([nn.Linear(dim, dim)]) if out else None
+        self.norm_q, self.norm_k = norm(dim // heads), norm(dim // heads)
+        if context:
+            self.add_q_proj, self.add_k_proj, self.add_v_proj = (nn.Linear(dim, dim) for _ in range(3))
+            self.to_add_out = None if last else nn.Linear(dim, dim)
+            self.norm_added_q, self.norm_added_k = norm(dim // heads), norm(dim // heads)
+
+    def forward(
+        self, x: Tensor, text: Tensor | None = None, rope: tuple[Tensor, Tensor] | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """x: [B, N, D], text: [B, L, D] -> the same shapes; None for text where it has no output."""
+
+        def split(y: Tensor) -> Tensor:
+            return y.unflatten(-1, (self.heads, -1)).transpose(1, 2)  # [B, H, N, d]
+
+        q, k, v = self.norm_q(split(self.to_q(x))), self.norm_k(split(self.to_k(x))), split(self.to_v(x))
+        if text is not None:
+            q = torch.cat([self.norm_added_q(split(self.add_q_proj(text))), q], dim=2)
+            k = torch.cat([self.norm_added_k(split(self.add_k_proj(text))), k], dim=2)
+            v = torch.cat([split(self.add_v_proj(text)), v], dim=2)
+        if rope is not None:
+            q, k = rotate(q, rope), rotate(k, rope)
+        y = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        y_text = None
+        if text is not None:
+            y_text, y = y[:, : text.shape[1]], y[:, text.shape[1] :]
+            y_text = None if self.to_add_out is None else self.to_add_out(y_text)
+        return y if self.to_out is None else self.to_out[0](y), y_text
+
+
+class JointBlock(nn.Module):
+    """MMDiT's block, and FLUX's double-stream block: image and text tokens meet in attention alone.
+
+    dual: a second attention among image tokens (SD3.5-Medium). last: nobody reads the text tokens after this block.
+    """
+
+    def __init__(self, dim: int, heads: int, norm: Callable[[int], nn.Module], dual: bool = False, last: bool = False):
+        super().__init__()
+        self.norm1 = Modulation(dim, 9 if dual else 6)
+        self.norm1_context = Modulation(dim, 2 if last else 6)
+        self.attn = JointAttention(dim, heads, norm, context=True, last=last)
+        self.attn2 = JointAttention(dim, heads, norm) if dual else None
+        self.ff = FeedForward(dim)
+        self.ff_context = None if last else FeedForward(dim)
+
+    def forward(
+        self, x: Tensor, text: Tensor, c: Tensor, rope: tuple[Tensor, Tensor] | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        shift, scale, gate, shift_mlp, scale_mlp, gate_mlp, *second = self.norm1(c)
+        if self.ff_context is None:
+            scale_text, shift_text = self.norm1_context(c)
+        else:
+            shift_text, scale_text, *rest = self.norm1_context(c)
+        y, y_text = self.attn(modulate(x, shift, scale), modulate(text, shift_text, scale_text), rope)
+        y = x + gate * y
+        if self.attn2 is not None:
+            shift, scale, gate = second
+            y = y + gate * self.attn2(modulate(x, shift, scale))[0]
+        y = y + gate_mlp * self.ff(modulate(y, shift_mlp, scale_mlp))
+        if self.ff_context is None:
+            return y, None
+        gate, shift, scale, gate_mlp = rest
+        text = text + gate * y_text
+        return y, text + gate_mlp * self.ff_context(modulate(text, shift, scale))
+
+
+class Backbone(nn.Module):
+    """The face that all backbones share. `guidance` is what a guidance embedding is fed unless cond["guidance"] says."""
+
+    FIXED: ClassVar = {}
+    guidance = 1.0
+
+    def guidance_of(self, cond: dict, t: Tensor) -> Tensor:
+        return cond["guidance"] if "guidance" in cond else torch.full_like(t, self.guidance)
+
+    def velocity(self, tokens: Tensor, like: Tensor, features: bool) -> Tensor | tuple[Tensor, Tensor]:
+        """Output projection of the last hidden states (after the final norm), and their mean where features are asked.
+        tokens: [B, N, D] -> v as x_t, hidden [B, D]"""
+        v = unpatchify(self.proj_out(tokens), like.shape[-2] // self.patch_size, self.patch_size).to(like.dtype)
+        return (v, tokens.mean(1)) if features else v
+
+
+class MMDiT(Backbone):
+    """Stable Diffusion 3 and 3.5 (arXiv 2403.03206). cond: text [B, L, joint_attention_dim], pooled [B, pooled].
+
+    Raises ValueError for latents beyond the table of positions.
+    """
+
+    def __init__(
+        self,
+        patch_size: int = 2,
+        in_channels: int = 16,
+        num_layers: int = 24,
+        num_attention_heads: int = 24,
+        attention_head_dim: int = 64,
+        joint_attention_dim: int = 4096,
+        pooled_projection_dim: int = 2048,
+        pos_embed_max_size: int = 192,
+        sample_size: int = 128,
+        dual_attention_layers: tuple[int, ...] = (),
+        qk_norm: str | None = None,
+    ):
+        super().__init__()
+        dim, norm = num_attention_heads * attention_head_dim, RMSNorm if qk_norm else nn.Identity
+        self.patch_size, self.max_size = patch_size, pos_embed_max_size
+        self.pos_embed = PatchEmbed(in_channels, dim, patch_size, pos_embed_max_size, sample_size // patch_size)
+        self.time_text_embed = Conditioning(dim, pooled_projection_dim)
+        self.context_embedder = nn.Linear(joint_attention_dim, dim)
+        self.transformer_blocks = nn.ModuleList(
+            JointBlock(dim, num_attention_heads, norm, i in dual_attention_layers, i == num_layers - 1)
+            for i in range(num_layers)
+        )
+        self.norm_out = Modulation(dim, 2)
+        self.proj_out = nn.Linear(dim, patch_size**2 * in_channels)
+
+    def forward(self, x_t: Tensor, t: Tensor, cond: dict, features: bool = False):
+        dtype = self.proj_out.weight.dtype
+        x = self.pos_embed(x_t.to(dtype))
+        text = self.context_embedder(cond["text"].to(dtype))
+        c = self.time_text_embed(1000 * t, None, cond["pooled"])
+        for block in self.transformer_blocks:
+            x, text = block(x, text, c)
+        scale, shift = self.norm_out(c)
+        return self.velocity(modulate(x, shift, scale), x_t, features)
+
+
+FLUX_NORM = partial(nn.RMSNorm, eps=1e-6)
+
+
+class SingleBlock(nn.Module):
+    """FLUX's single-stream block: attention and MLP side by side, over text and image tokens together."""
+
+    def __init__(self, dim: int, heads: int):
+        super().__init__()
+        self.norm = Modulation(dim, 3)
+        self.attn = JointAttention(dim, heads, FLUX_NORM, out=False)
+        self.proj_mlp = nn.Linear(dim, 4 * dim)
+        self.proj_out = nn.Linear(5 * dim, dim)
+
+    def forward(self, x: Tensor, c: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+        shift, scale, gate = self.norm(c)
+        y = modulate(x, shift, scale)
+        mlp = F.gelu(self.proj_mlp(y), approximate="tanh")
+        return x + gate * self.proj_out(torch.cat([self.attn(y, rope=rope)[0], mlp], dim=-1))
+
+
+def rope_table(
+    rows: int, columns: int, text: int, axes: tuple[int, ...], device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """cos and sin of the rotations: image tokens at (0, row, column), text tokens at the origin. [text + N, d]"""
+    exact = torch.float32 if device.type == "mps" else torch.float64
+    row, column = torch.meshgrid(*(torch.arange(n, device=device, dtype=exact) for n in (rows, columns)), indexing="ij")
+    positions = F.pad(torch.stack([torch.zeros_like(row), row, column]).flatten(1), (text, 0))  # [3, text + N]
+    rates = (10000.0 ** (-torch.arange(0, d, 2, device=device, dtype=exact) / d) for d in axes)
+    angles = torch.cat([p[:, None] * rate for p, rate in zip(positions, rates)], dim=-1)
+    angles = angles.repeat_interleave(2, dim=-1)  # both coordinates of a pair
+    return angles.cos().float(), angles.sin().float()
+
+
+class FLUX(Backbone):
+    """FLUX.1: double-stream, then single-stream blocks, with rotary positions (Black Forest Labs, 2024).
+
+    cond: text [B, L, joint_attention_dim], pooled [B, pooled] and, if wanted, guidance [B]. Latents are packed 2 x 2.
+    """
+
+    FIXED: ClassVar = {"patch_size": 1}  # in packed latents
+    patch_size = 2
+    guidance = 3.5
+
+    def __init__(
+        self,
+        in_channels: int = 64,
+        num_layers: int = 19,
+        num_single_layers: int = 38,
+        num_attention_heads: int = 24,
+        attention_head_dim: int = 128,
+        joint_attention_dim: int = 4096,
+        pooled_projection_dim: int = 768,
+        guidance_embeds: bool = False,
+        axes_dims_rope: tuple[int, ...] = (16, 56, 56),
+    ):
+        super().__init__()
+        dim = num_attention_heads * attention_head_dim
+        self.axes = tuple(axes_dims_rope)
+        self.guided = guidance_embeds
+        self.x_embedder = nn.Linear(in_channels, dim)
+        self.context_embedder = nn.Linear(joint_attention_dim, dim)
+        self.time_text_embed = Conditioning(dim, pooled_projection_dim, guidance_embeds)
+        self.transformer_blocks = nn.ModuleList(
+            JointBlock(dim, num_attention_heads, FLUX_NORM) for _ in range(num_layers)
+        )
+        self.single_transformer_blocks = nn.ModuleList(
+            SingleBlock(dim, num_attention_heads) for _ in range(num_single_layers)
+        )
+        self.norm_out = Modulation(dim, 2)
+        self.proj_out = nn.Linear(dim, in_channels)
+
+    def forward(self, x_t: Tensor, t: Tensor, cond: dict, features: bool = False):
+        dtype = self.proj_out.weight.dtype
+        packed = F.pixel_unshuffle(x_t.to(dtype), 2)  # [B, 4 C, h / 2, w / 2]
+        x, text = self.x_embedder(packed.flatten(2).transpose(1, 2)), self.context_embedder(cond["text"].to(dtype))
+        c = self.time_text_embed(1000 * t, 1000 * self.guidance_of(cond, t) if self.guided else None, cond["pooled"])
+        rope = rope_table(*packed.shape[-2:], text.shape[1], self.axes, x.device)
+        for block in self.transformer_blocks:
+            x, text = block(x, text, c, rope)
+        x = torch.cat([text, x], dim=1)
+        for block in self.single_transformer_blocks:
+            x = block(x, c, rope)
+        scale, shift = self.norm_out(c)
+        x = modulate(x[:, text.shape[1] :], shift, scale)
+        v = F.pixel_shuffle(self.proj_out(x).transpose(1, 2).unflatten(2, packed.shape[-2:]), 2).to(x_t.dtype)
+        return (v, x.mean(1)) if features else v
+
+
+class SanaAttention(nn.Module):
+    """SANA's linear attention among image tokens (ReLU kernel), or softmax attention from image to text tokens.
+    Sprint's q/k-norm spans all heads."""
+
+    def __init__(self, dim: int, heads: int, qk_norm: bool, bias: bool):
+        super().__init__()
+        self.heads = heads
+        self.to_q, self.to_k, self.to_v = (nn.Linear(dim, dim, bias=bias) for _ in range(3))
+        self.norm_q, self.norm_k = (RMSNorm(dim, eps=1e-5) if qk_norm else nn.Identity() for _ in range(2))
+        self.to_out = nn.ModuleList([nn.Linear(dim, dim)])
+
+    def forward(self, x: Tensor, text: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
+        """x: [B, N, D], text: [B, L, D], mask: [B, L], true where there is text -> [B, N, D]"""
+        source = x if text is None else text
+        q, k, v = self.norm_q(self.to_q(x)), self.norm_k(self.to_k(source)), self.to_v(source)
+        q, k, v = (y.unflatten(-1, (self.heads, -1)).transpose(1, 2) for y in (q, k, v))  # [B, H, N, d]
+        if text is None:
+            y = linear_attention(*(y.transpose(2, 3) for y in (q, k, v))).transpose(2, 3)
+        else:
+            y = F.scaled_dot_product_attention(q, k, v, None if mask is None else mask[:, None, None].bool())
+        return self.to_out[0](y.transpose(1, 2).flatten(2))
+
+
+def linear_attention(q: Tensor, k: Tensor, v: Tensor, eps: float = 1e-15) -> Tensor:
+    """sum_j relu(q_i . k_j) v_j / sum_j relu(q_i . k_j) with relu on q and k each, so that sums over j come first: N d^2
+    operations instead of N^2 d. A row of ones appended to v makes the denominator. All [B, H, d, N], tokens last."""
+    dtype = v.dtype
+    q, k, v = F.relu(q).float(), F.relu(k).float(), F.pad(v.float(), (0, 0, 0, 1), value=1.0)
+    y = (v @ k.transpose(2, 3)) @ q
+    return (y[:, :, :-1] / (y[:, :, -1:] + eps)).to(dtype)
+
+
+class MixFFN(nn.Module):
+    """Gated convolutional MLP: 1 x 1 out, 3 x 3 depthwise, SiLU gate, 1 x 1 back. [B, D, h, w] -> the same"""
+
+    def __init__(self, dim: int, hidden: int):
+        super().__init__()
+        self.conv_inverted = nn.Conv2d(dim, 2 * hidden, 1)
+        self.conv_depth = nn.Conv2d(2 * hidden, 2 * hidden, 3, padding=1, groups=2 * hidden)
+        self.conv_point = nn.Conv2d(hidden, dim, 1, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y, gate = self.conv_depth(F.silu(self.conv_inverted(x))).chunk(2, dim=1)
+        return self.conv_point(y * F.silu(gate))
+
+
+class SanaBlock(nn.Module):
+    def __init__(self, dim: int, heads: int, cross_heads: int, hidden: int, qk_norm: bool):
+        super().__init__()
+        self.scale_shift_table = nn.Parameter(torch.empty(6, dim))
+        self.attn1 = SanaAttention(dim, heads, qk_norm, bias=False)
+        self.attn2 = SanaAttention(dim, cross_heads, qk_norm, bias=True)
+        self.ff = MixFFN(dim, hidden)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.normal_(self.scale_shift_table, std=self.scale_shift_table.shape[1] ** -0.5)
+
+    def forward(self, x: Tensor, text: Tensor, mask: Tensor | None, c: Tensor, rows: int) -> Tensor:
+        """x: [B, N, D], text: [B, L, D], mask: [B, L], c: [B, 6, D] -> [B, N, D]"""
+        shift, scale, gate, shift_mlp, scale_mlp, gate_mlp = (self.scale_shift_table + c).chunk(6, dim=1)
+        x = x + gate * self.attn1(modulate(x, shift, scale))
+        x = x + self.attn2(x, text, mask)
+        image = modulate(x, shift_mlp, scale_mlp).transpose(1, 2).unflatten(2, (rows, -1))
+        return x + gate_mlp * self.ff(image).flatten(2).transpose(1, 2)
+
+
+class SanaDiT(Backbone):
+    """SANA (arXiv 2410.10629) and the teachers of SANA-Sprint (2503.09641).
+
+    cond: text [B, L, caption_channels], mask [B, L] (true where there is text; optional) and, for checkpoints with a
+    guidance embedding (students of Sprint), guidance [B] if wanted. Those are fed t, as are Sprint's teachers, whose
+    timestep_scale is 0.001; SANA is fed 1000 t.
+    """
+
+    FIXED: ClassVar = {"interpolation_scale": None, "norm_eps": 1e-6}
+    guidance = 4.5
+
+    def __init__(
+        self,
+        patch_size: int = 1,
+        in_channels: int = 32,
+        num_layers: int = 20,
+        num_attention_heads: int = 70,
+        attention_head_dim: int = 32,
+        num_cross_attention_heads: int = 20,
+        caption_channels: int = 2304,
+        mlp_ratio: float = 2.5,
+        qk_norm: str | None = None,
+        timestep_scale: float = 1.0,
+        guidance_embeds: bool = False,
+        guidance_embeds_scale: float = 0.1,
+    ):
+        super().__init__()
+        dim = num_attention_heads * attention_head_dim
+        self.patch_size = patch_size
+        self.time_scale = 1.0 if guidance_embeds else 1000 * timestep_scale
+        self.guidance_scale = guidance_embeds_scale if guidance_embeds else None
+        self.patch_embed = PatchEmbed(in_channels, dim, patch_size)
+        # With a guidance embedding the checkpoints hold the embedders one level higher.
+        self.time_embed = Conditioning(dim, guidance=True) if guidance_embeds else nn.Module()
+        if not guidance_embeds:
+            self.time_embed.emb = Conditioning(dim)
+        self.time_embed.linear = nn.Linear(dim, 6 * dim)
+        self.caption_projection = Embedder(caption_channels, dim, partial(F.gelu, approximate="tanh"))
+        self.caption_norm = RMSNorm(dim, eps=1e-5)
+        self.transformer_blocks = nn.ModuleList(
+            SanaBlock(dim, num_attention_heads, num_cross_attention_heads, int(mlp_ratio * dim), bool(qk_norm))
+            for _ in range(num_layers)
+        )
+        self.scale_shift_table = nn.Parameter(torch.empty(2, dim))
+        self.proj_out = nn.Linear(dim, patch_size**2 * in_channels)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.normal_(self.scale_shift_table, std=self.scale_shift_table.shape[1] ** -0.5)
+
+    def forward(self, x_t: Tensor, t: Tensor, cond: dict, features: bool = False):
+        dtype = self.proj_out.weight.dtype
+        x = self.patch_embed(x_t.to(dtype))
+        text, mask = self.caption_norm(self.caption_projection(cond["text"].to(dtype))), cond.get("mask")
+        if self.guidance_scale is None:
+            c = self.time_embed.emb(self.time_scale * t, None, None)
+        else:
+            c = self.time_embed(self.time_scale * t, self.guidance_scale * self.guidance_of(cond, t), None)
+        modulation = self.time_embed.linear(F.silu(c)).unflatten(1, (6, -1))
+        for block in self.transformer_blocks:
+            x = block(x, text, mask, modulation, x_t.shape[-2] // self.patch_size)
+        shift, scale = (self.scale_shift_table + c[:, None]).chunk(2, dim=1)
+        return self.velocity(modulate(x, shift, scale), x_t, features)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 5. Autoencoders: images to latents and back
+# ----------------------------------------------------------------------------------------------------------------------
+# Both have one face: encode(images) -> latents, decode(latents) -> images, deterministic. images: [B, 3, H, W] in
+# [-1, 1], H and W multiples of `downscale`; latents: [B, C, H / downscale, W / downscale], before any shift and scale.
+# Arguments are config.json's keys. FIXED holds its keys that have one supported value: what a strict load cannot notice.
+
+conv3x3 = partial(nn.Conv2d, kernel_size=3, padding=1)
+
+
+class Chain(nn.Sequential):
+    """Modules that run in the order given, under the names given."""
+
+    def __init__(self, **steps: nn.Module):
+        super().__init__(OrderedDict(steps))
+
+
+class ResnetBlock(nn.Module):
+    """x + conv(silu(norm(conv(silu(norm(x)))))), with a 1 x 1 convolution on x where the number of channels changes."""
+
+    def __init__(self, dim: int, dim_out: int, groups: int):
+        super().__init__()
+        self.norm1, self.conv1 = nn.GroupNorm(groups, dim, eps=1e-6), conv3x3(dim, dim_out)
+        self.norm2, self.conv2 = nn.GroupNorm(groups, dim_out, eps=1e-6), conv3x3(dim_out, dim_out)
+        self.conv_shortcut = nn.Identity() if dim == dim_out else nn.Conv2d(dim, dim_out, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        # Nested, and the shortcut last: half a gigabyte at 1024 x 1024, each intermediate is freed once it has been used.
+        return self.conv2(F.silu(self.norm2(self.conv1(F.silu(self.norm1(x)))))) + self.conv_shortcut(x)
+
+
+class PixelAttention(nn.Module):
+    """x + attention among all pixels, in one head as wide as the channels."""
+
+    def __init__(self, dim: int, groups: int):
+        super().__init__()
+        self.group_norm = nn.GroupNorm(groups, dim, eps=1e-6)
+        self.to_q, self.to_k, self.to_v = (nn.Linear(dim, dim) for _ in range(3))
+        self.to_out = nn.Sequential(nn.Linear(dim, dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.group_norm(x).flatten(2).mT[:, None]  # [B, 1, h w, dim]
+        h = self.to_out(F.scaled_dot_product_attention(self.to_q(h), self.to_k(h), self.to_v(h)))
+        return x + h.mT.reshape(x.shape)
+
+
+class MidBlock(nn.Module):
+    def __init__(self, dim: int, groups: int):
+        super().__init__()
+        self.resnets = nn.ModuleList(ResnetBlock(dim, dim, groups) for _ in range(2))
+        self.attentions = nn.ModuleList([PixelAttention(dim, groups)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.resnets[1](self.attentions[0](self.resnets[0](x)))
+
+
+class AutoencoderKL(nn.Module):
+    """The autoencoder of SD3, SD3.5 and FLUX. encode gives the mean, which is the mode, of the posterior."""
+
+    FIXED: ClassVar = {"act_fn": "silu", "latents_mean": None, "latents_std": None}
+
+    def __init__(
+        self,
+        block_out_channels: Sequence[int] = (128, 256, 512, 512),
+        layers_per_block: int = 2,
+        latent_channels: int = 16,
+        norm_num_groups: int = 32,
+    ):
+        super().__init__()
+        dims, groups = list(block_out_channels), norm_num_groups
+        self.latent_channels, self.downscale = latent_channels, 2 ** (len(dims) - 1)
+
+        def downsample(dim: int) -> Chain:
+            return Chain(pad=nn.ZeroPad2d((0, 1, 0, 1)), conv=nn.Conv2d(dim, dim, 3, stride=2))  # right and bottom only
+
+        def upsample(dim: int) -> Chain:
+            return Chain(up=nn.Upsample(scale_factor=2), conv=conv3x3(dim, dim))  # nearest neighbours
+
+        def stages(dims: list[int], layers: int, name: str, resample: Callable[[int], Chain]) -> nn.Sequential:
+            out = []
+            for i, (dim, dim_out) in enumerate(zip([dims[0], *dims], dims)):
+                blocks = [ResnetBlock(dim if j == 0 else dim_out, dim_out, groups) for j in range(layers)]
+                resampler = [resample(dim_out)] if i < len(dims) - 1 else []
+                out.append(Chain(**{"resnets": nn.Sequential(*blocks), name: nn.Sequential(*resampler)}))
+            return nn.Sequential(*out)
+
+        self.encoder = Chain(
+            conv_in=conv3x3(3, dims[0]),
+            down_blocks=stages(dims, layers_per_block, "downsamplers", downsample),
+            mid_block=MidBlock(dims[-1], groups),
+            conv_norm_out=nn.GroupNorm(groups, dims[-1], eps=1e-6),
+            act=nn.SiLU(),
+            conv_out=conv3x3(dims[-1], 2 * latent_channels),
+        )
+        self.decoder = Chain(
+            conv_in=conv3x3(latent_channels, dims[-1]),
+            mid_block=MidBlock(dims[-1], groups),
+            up_blocks=stages(dims[::-1], layers_per_block + 1, "upsamplers", upsample),
+            conv_norm_out=nn.GroupNorm(groups, dims[0], eps=1e-6),
+            act=nn.SiLU(),
+            conv_out=conv3x3(dims[0], 3),
+        )
+
+    def encode(self, images: Tensor) -> Tensor:
+        return self.encoder(images).chunk(2, dim=1)[0]  # mean, log variance
+
+    def decode(self, latents: Tensor) -> Tensor:
+        return self.decoder(latents)
+
+
+# The deep compression autoencoder (DC-AE, arXiv 2410.10733) learns residuals everywhere, also where the shape changes.
+
+
+def fit(x: Tensor, like: Tensor) -> Tensor:
+    """x: [B, C, h, w] in the shape of `like`, half or twice as high and wide or the same, without parameters.
+
+    Each 2 x 2 pixels become channels, or the reverse, and neighbouring channels are averaged, or each repeated.
+    """
+    if x.shape == like.shape:
+        return x
+    dim, grows = like.shape[1], like.shape[2] > x.shape[2]
+    if grows:
+        dim *= 4
+    elif like.shape[2] < x.shape[2]:
+        x = F.pixel_unshuffle(x, 2)
+    x = x.repeat_interleave(dim // x.shape[1], dim=1) if dim > x.shape[1] else x.unflatten(1, (dim, -1)).mean(2)
+    return F.pixel_shuffle(x, 2) if grows else x
+
+
+class Residual(Chain):
+    """x, made to fit, + the chain of x."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = super().forward(x)
+        return y + fit(x, y)
+
+
+class ResidualConv(nn.Conv2d):
+    def forward(self, x: Tensor) -> Tensor:
+        y = super().forward(x)
+        return y + fit(x, y)
+
+
+class PixelRMSNorm(RMSNorm):
+    """RMSNorm over the channels of each pixel. [B, C, h, w]"""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.movedim(1, -1)).movedim(-1, 1)
+
+
+class MultiscaleAttention(nn.Module):
+    """x + linear attention among all pixels. For each k of `kernels` further heads see q, k, v mixed over k x k pixels."""
+
+    def __init__(self, dim: int, head_dim: int, kernels: Sequence[int]):
+        super().__init__()
+        self.head_dim = head_dim
+        self.to_q, self.to_k, self.to_v = (nn.Linear(dim, dim, bias=False) for _ in range(3))
+        self.to_qkv_multiscale = nn.ModuleList(
+            Chain(
+                proj_in=nn.Conv2d(3 * dim, 3 * dim, k, padding=k // 2, groups=3 * dim, bias=False),
+                proj_out=nn.Conv2d(3 * dim, 3 * dim, 1, groups=3 * dim // head_dim, bias=False),
+            )
+            for k in kernels
+        )
+        self.to_out = nn.Linear((1 + len(kernels)) * dim, dim, bias=False)
+        self.norm_out = PixelRMSNorm(dim, eps=1e-5, bias=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        qkv = torch.cat([to(x.movedim(1, -1)) for to in (self.to_q, self.to_k, self.to_v)], dim=-1).movedim(-1, 1)
+        qkv = torch.cat([qkv] + [scale(qkv) for scale in self.to_qkv_multiscale], dim=1)
+        # A head takes 3 head_dim consecutive channels: to_q, to_k, to_v are thirds of one projection, whatever the names.
+        heads = qkv.unflatten(1, (-1, 3 * self.head_dim)).flatten(3)  # [B, heads, 3 head_dim, h w]
+        y = linear_attention(*heads.chunk(3, dim=2)).flatten(1, 2).unflatten(2, x.shape[2:])
+        return self.norm_out(self.to_out(y.movedim(1, -1)).movedim(-1, 1)) + x
+
+
+class GatedConv(MixFFN):
+    """x + norm(MixFFN(x))"""
+
+    def __init__(self, dim: int):
+        super().__init__(dim, 4 * dim)
+        self.norm = PixelRMSNorm(dim, eps=1e-5, bias=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(super().forward(x)) + x
+
+
+class AutoencoderDC(nn.Module):
+    """The autoencoder of SANA: DC-AE f32c32, versions 1.0 and 1.1."""
+
+    FIXED: ClassVar = {
+        "decoder_norm_types": "rms_norm",
+        "decoder_act_fns": "silu",
+        "decoder_conv_act_fn": "relu",
+        "encoder_out_shortcut": True,
+        "decoder_in_shortcut": True,
+    }
+
+    def __init__(
+        self,
+        latent_channels: int = 32,
+        attention_head_dim: int = 32,
+        encoder_block_types: Sequence[str] = ("ResBlock",) * 3 + ("EfficientViTBlock",) * 3,
+        decoder_block_types: Sequence[str] = ("ResBlock",) * 3 + ("EfficientViTBlock",) * 3,
+        encoder_block_out_channels: Sequence[int] = (128, 256, 512, 512, 1024, 1024),
+        decoder_block_out_channels: Sequence[int] = (128, 256, 512, 512, 1024, 1024),
+        encoder_layers_per_block: Sequence[int] = (2, 2, 2, 3, 3, 3),
+        decoder_layers_per_block: Sequence[int] = (3, 3, 3, 3, 3, 3),
+        encoder_qkv_multiscales: Sequence[Sequence[int]] = ((), (), (), (5,), (5,), (5,)),
+        decoder_qkv_multiscales: Sequence[Sequence[int]] = ((), (), (), (5,), (5,), (5,)),
+    ):
+        super().__init__()
+        self.latent_channels, self.downscale = latent_channels, 2 ** (len(encoder_block_out_channels) - 1)
+
+        def block(kind: str, dim: int, kernels: Sequence[int]) -> nn.Module:
+            known("block type", kind, ("ResBlock", "EfficientViTBlock"))
+            if kind == "EfficientViTBlock":
+                return Chain(attn=MultiscaleAttention(dim, attention_head_dim, kernels), conv_out=GatedConv(dim))
+            norm = PixelRMSNorm(dim, eps=1e-5, bias=True)
+            return Residual(conv1=conv3x3(dim, dim), act=nn.SiLU(), conv2=conv3x3(dim, dim, bias=False), norm=norm)
+
+        def stages(kinds, dims, layers, kernels) -> list[list[nn.Module]]:
+            return [[block(*of) for _ in range(n)] for *of, n in zip(kinds, dims, kernels, layers)]
+
+        dims = encoder_block_out_channels
+        down = stages(encoder_block_types, dims, encoder_layers_per_block, encoder_qkv_multiscales)
+        for stage, dim, dim_out in zip(down, dims, dims[1:]):
+            stage.append(Residual(conv=conv3x3(dim, dim_out, stride=2)))
+        self.encoder = Chain(
+            conv_in=conv3x3(3, dims[0]),
+            down_blocks=nn.Sequential(*(nn.Sequential(*stage) for stage in down)),
+            conv_out=ResidualConv(dims[-1], latent_channels, 3, padding=1),
+        )
+
+        dims = decoder_block_out_channels
+        up = stages(decoder_block_types, dims, decoder_layers_per_block, decoder_qkv_multiscales)
+        for stage, dim, dim_out in zip(up, dims[1:], dims):
+            stage.insert(0, Residual(up=nn.Upsample(scale_factor=2), conv=conv3x3(dim, dim_out)))
+        self.decoder = Chain(  # its blocks are numbered from the end
+            conv_in=ResidualConv(latent_channels, dims[-1], 3, padding=1),
+            up_blocks=Chain(**{str(i): nn.Sequential(*stage) for i, stage in reversed([*enumerate(up)])}),
+            norm_out=PixelRMSNorm(dims[0], eps=1e-5, bias=True),
+            act=nn.ReLU(),
+            conv_out=conv3x3(dims[0], 3),
+        )
+
+    def encode(self, images: Tensor) -> Tensor:
+        return self.encoder(images)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        return self.decoder(latents)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 6. Text: prompts to conditions
+# ----------------------------------------------------------------------------------------------------------------------
+# From here on files are read, in the layout of a diffusers pipeline: a folder with a model_index.json that names the
+# parts, and for each part a folder with its config.json and safetensors. No pickle is ever opened.
+
+
+class BadInput(ValueError):
+    """What was given can't be used: one line that says what is wrong and what to do."""
+
+
+def read_text(file: Path) -> str:
+    """A text file's content. Raises BadInput."""
+    try:
+        return file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise BadInput(f"{file} is not UTF-8 (byte {error.start}): save it as UTF-8") from None
+    except OSError as error:
+        raise BadInput(f"cannot read {file}: {error.strerror}") from None
+
+
+def read_json(path: Path) -> dict:
+    """The object in a JSON file. Raises BadInput."""
+    if not path.exists():
+        raise BadInput(f"{path} is missing: is {path.parent} a folder in the diffusers layout?")
+    try:
+        content = json.loads(read_text(path))
+    except json.JSONDecodeError:
+        content = None
+    if not isinstance(content, dict):
+        raise BadInput(f"{path} holds no valid JSON object: download it again")
+    return content
+
+
+def weight_files(folder: Path, stem: str = "diffusion_pytorch_model") -> list[Path]:
+    """The safetensors of a part: one file, or shards with an index; the plain ones, else those of a variant."""
+    for variant in ("", ".bf16", ".fp16"):
+        index = folder / f"{stem}.safetensors.index{variant}.json"
+        if index.exists():
+            return [folder / name for name in sorted(set(read_json(index)["weight_map"].values()))]
+        if (folder / f"{stem}{variant}.safetensors").exists():
+            return [folder / f"{stem}{variant}.safetensors"]
+    raise BadInput(f"{folder} holds no {stem}.safetensors: weights are read from safetensors only")
+
+
+VOCABULARIES = ("tokenizer.json", "vocab.json", "spiece.model", "tokenizer.model")
+CLIP_LENGTH = 77
+TEXT_LENGTH = {"sd3": 256, "flux": 512, "sana": 300}  # tokens of T5, T5 and Gemma, as the families' pipelines have them
+
+
+@contextlib.contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Keeps transformers' progress bars and advice off the screen."""
+    from transformers.utils import logging
+
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error(), logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def find_instruction() -> str | None:
+    """The text that SANA was trained to see before every prompt, a default in diffusers; None where that is missing."""
+    try:
+        with quiet_transformers():
+            from diffusers import SanaPipeline
+
+            return "\n".join(inspect.signature(SanaPipeline.__call__).parameters["complex_human_instruction"].default)
+    except (ImportError, RuntimeError, AttributeError, KeyError, TypeError):  # absent, broken, or another version
+        return None
+
+
+class TextEncoders:
+    """The tokenizers and text encoders of a pipeline's folder: cond = encoders(prompts), as its pipeline encodes them.
+
+    sd3   text [B, 77 + 256, 4096]: the penultimate states of two CLIPs side by side, padded with zeros, then T5's states
+          (zeros in a folder without T5); pooled [B, 2048]: both CLIPs' projected outputs
+    flux  text [B, 512, 4096]: T5's states; pooled [B, 768]: CLIP's output at the end of the text
+    sana  text [B, 300, 2304]: Gemma's last states; mask [B, 300]: 1 on tokens, 0 on padding
+
+    CLIP and T5 are given no mask: they attend to their padding. Weights are read from safetensors only.
+    instruction: what stands before every prompt of SANA but the empty one; newlines and trailing spaces count.
+    """
+
+    def __init__(self, folder: Path, family: str, device: str = "cpu", dtype=torch.float32, instruction: str = ""):
+        import transformers
+
+        known("family", family, TEXT_LENGTH)
+        folder = Path(folder)
+        self.family, self.device, self.instruction = family, device, instruction
+        self.tokenizers: dict = {}
+        self.encoders: dict = {}
+        dtype_key = "torch_dtype" if transformers.__version__.startswith("4.") else "dtype"
+        for name, part in read_json(folder / "model_index.json").items():
+            if not name.startswith(("tokenizer", "text_encoder")) or part[1] is None:
+                continue
+            source = folder / name
+            if name.startswith("tokenizer"):
+                if not any((source / file).exists() for file in VOCABULARIES):
+                    raise BadInput(f"{source} holds none of {', '.join(VOCABULARIES)}: download it again")
+                # Older releases take the T5 files' add_prefix_space as a wish for sentencepiece.
+                options = {"add_prefix_space": None} if "T5" in part[1] else {}
+                self.tokenizers[name] = self.open(part[1], source, **options)
+                self.tokenizers[name].padding_side = "right"  # Gemma's own default is left
+            else:
+                read_json(source / "config.json")
+                variant = re.search(r"(fp16|bf16)\b", weight_files(source, "model")[0].name)
+                options = {"use_safetensors": True, "variant": variant and variant[0], dtype_key: dtype}
+                if family == "sana":  # older releases default to an attention without Gemma-2's soft cap
+                    options["attn_implementation"] = "eager"
+                encoder, report = self.open(part[1], source, output_loading_info=True, **options)
+                if report["missing_keys"]:
+                    first = ", ".join(sorted(report["missing_keys"])[:3])
+                    raise BadInput(f"{source}: the weights don't fit its config.json: missing {first}")
+                self.encoders[name] = encoder.eval().requires_grad_(False).to(device)
+        if family == "sd3":
+            self.width = read_json(folder / "transformer" / "config.json")["joint_attention_dim"]
+
+    @staticmethod
+    def open(kind: str, source: Path, **options):
+        """transformers' from_pretrained. Raises BadInput."""
+        import transformers
+        from safetensors import SafetensorError
+
+        try:
+            with quiet_transformers():
+                return getattr(transformers, kind).from_pretrained(source, **options)
+        except (AttributeError, OSError, RuntimeError, ValueError, SafetensorError) as error:
+            reason = (str(error) or type(error).__name__).splitlines()[0]
+            raise BadInput(f"{source} can't be loaded as {kind} ({reason}): download it again") from None
+
+    @torch.no_grad()
+    def __call__(self, prompts: list[str], max_length: int | None = None) -> dict[str, Tensor]:
+        """The prompts' cond. max_length: of T5's or Gemma's tokens, by default the pipeline's; CLIP always reads 77.
+
+        Longer prompts are cut, with one warning that says by how much.
+        """
+        cut: list[str] = []
+        encode = {"sd3": self.encode_sd3, "flux": self.encode_flux, "sana": self.encode_sana}[self.family]
+        cond = encode(prompts, max_length or TEXT_LENGTH[self.family], cut)
+        if cut:
+            warnings.warn(f"prompts were cut: {'; '.join(cut)}", stacklevel=3)
+        return cond
+
+    def tokenize(self, nth: str, texts: list[str], length: int, cut: list[str]) -> tuple[Tensor, Tensor]:
+        """ids and mask, [B, length], for text encoder nth: "", "_2" or "_3". What does not fit is noted in `cut`."""
+        tokenizer = self.tokenizers[f"tokenizer{nth}"]
+        over = max(map(len, tokenizer(texts, verbose=False).input_ids)) - length
+        if over > 0:
+            cut.append(f"text_encoder{nth} reads {length} tokens, {over} too many")
+        batch = tokenizer(texts, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
+        return batch.input_ids.to(self.device), batch.attention_mask.to(self.device)
+
+    def run(self, nth: str, texts: list[str], length: int, cut: list[str], **options: bool):
+        """What text encoder nth, a CLIP or T5, returns."""
+        return self.encoders[f"text_encoder{nth}"](self.tokenize(nth, texts, length, cut)[0], **options)
+
+    def encode_sd3(self, prompts: list[str], length: int, cut: list[str]) -> dict[str, Tensor]:
+        clips = [self.run(nth, prompts, CLIP_LENGTH, cut, output_hidden_states=True) for nth in ("", "_2")]
+        text = torch.cat([clip.hidden_states[-2] for clip in clips], -1)
+        text = F.pad(text, (0, self.width - text.shape[-1]))
+        if "text_encoder_3" in self.encoders:
+            t5 = self.run("_3", prompts, length, cut).last_hidden_state
+        else:
+            t5 = text.new_zeros(len(prompts), length, self.width)
+        return {"text": torch.cat([text, t5], 1), "pooled": torch.cat([clip.text_embeds for clip in clips], -1)}
+
+    def encode_flux(self, prompts: list[str], length: int, cut: list[str]) -> dict[str, Tensor]:
+        pooled = self.run("", prompts, CLIP_LENGTH, cut).pooler_output
+        return {"text": self.run("_2", prompts, length, cut).last_hidden_state, "pooled": pooled}
+
+    def encode_sana(self, prompts: list[str], length: int, cut: list[str]) -> dict[str, Tensor]:
+        """Of an instructed prompt's states the first and the last length - 1 are kept. The empty prompt, which is the
+        unconditional one, is encoded bare; all its padding sees the one token it has, so that any of it will do."""
+        prompts = [prompt.lower().strip() for prompt in prompts]
+        total = length
+        if self.instruction:
+            total += len(self.tokenizers["tokenizer"](self.instruction, verbose=False).input_ids) - 2
+        texts = [self.instruction + prompt if prompt else "" for prompt in prompts]
+        ids, mask = self.tokenize("", texts, total, cut)
+        states = self.encoders["text_encoder"](ids, attention_mask=mask, use_cache=False).last_hidden_state
+        keep = [0, *range(total - length + 1, total)]
+        return {"text": states[:, keep], "mask": mask[:, keep]}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 7. Teachers and students
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+class Known(NamedTuple):
+    """A teacher of the paper: where it is published, the steps of its own sampler, its network where that differs from
+    the constructor's defaults."""
+
+    repository: str
+    pipeline: str
+    steps: int
+    network: dict
+
+
+SPRINT = {"qk_norm": "rms_norm_across_heads", "timestep_scale": 0.001, "sample_size": 32}
+SANA_SMALL = {"num_layers": 28, "num_attention_heads": 36, "num_cross_attention_heads": 16}
+NAMES = {
+    "sd3-medium": Known("stabilityai/stable-diffusion-3-medium-diffusers", "StableDiffusion3Pipeline", 28, {}),
+    "sd3.5-medium": Known(
+        "stabilityai/stable-diffusion-3.5-medium",
+        "StableDiffusion3Pipeline",
+        40,
+        {"qk_norm": "rms_norm", "pos_embed_max_size": 384, "dual_attention_layers": list(range(13))},
+    ),
+    "sd3.5-large": Known(
+        "stabilityai/stable-diffusion-3.5-large",
+        "StableDiffusion3Pipeline",
+        28,
+        {"qk_norm": "rms_norm", "num_layers": 38, "num_attention_heads": 38},
+    ),
+    "flux-dev": Known("black-forest-labs/FLUX.1-dev", "FluxPipeline", 28, {"guidance_embeds": True}),
+    "sana-0.6b": Known(
+        "Efficient-Large-Model/Sana_600M_512px_diffusers", "SanaPipeline", 20, {**SANA_SMALL, "sample_size": 16}
+    ),
+    "sana-1.6b": Known("Efficient-Large-Model/Sana_1600M_512px_diffusers", "SanaPipeline", 20, {"sample_size": 16}),
+    "sana-sprint-0.6b": Known(
+        "Efficient-Large-Model/Sana_Sprint_0.6B_1024px_teacher_diffusers", "SanaPipeline", 20, SANA_SMALL | SPRINT
+    ),
+    "sana-sprint-1.6b": Known(
+        "Efficient-Large-Model/SANA_Sprint_1.6B_1024px_teacher_diffusers", "SanaPipeline", 20, SPRINT
+    ),
+}
+
+
+class Family(NamedTuple):
+    """What the teachers of one pipeline class have in common. conditions: shapes of one prompt's condition."""
+
+    kind: str  # "sd3", "flux", "sana"
+    backbone: type[nn.Module]
+    backbone_class: str  # the name that config.json gives it
+    autoencoder: type[nn.Module]
+    latent: dict  # scaling_factor and shift_factor: latents are (z - shift) * scale
+    scheduler: dict
+    conditions: dict
+
+
+EULER = {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0}
+SANA_FAMILY = Family(
+    "sana",
+    SanaDiT,
+    "SanaTransformer2DModel",
+    AutoencoderDC,
+    {"scaling_factor": 0.41407},
+    EULER,
+    {"text": (300, 2304), "mask": (300,)},
+)
+PIPELINES = {
+    "StableDiffusion3Pipeline": Family(
+        "sd3",
+        MMDiT,
+        "SD3Transformer2DModel",
+        AutoencoderKL,
+        {"scaling_factor": 1.5305, "shift_factor": 0.0609},
+        EULER,
+        {"text": (333, 4096), "pooled": (2048,)},
+    ),
+    "FluxPipeline": Family(
+        "flux",
+        FLUX,
+        "FluxTransformer2DModel",
+        AutoencoderKL,
+        {"scaling_factor": 0.3611, "shift_factor": 0.1159},
+        EULER | {"use_dynamic_shifting": True},
+        {"text": (512, 4096), "pooled": (768,)},
+    ),
+    "SanaPipeline": SANA_FAMILY,
+    "SanaSprintPipeline": SANA_FAMILY,
+}
+
+
+def network_config(family: Family, network: dict) -> dict:
+    """The config.json of a network at its true size, as diffusers would write it."""
+    parameters = inspect.signature(family.backbone).parameters
+    config = {"_class_name": family.backbone_class} | {key: p.default for key, p in parameters.items()} | network
+    dim = config["num_attention_heads"] * config["attention_head_dim"]
+    if family.kind == "sd3":
+        config |= {"caption_projection_dim": dim, "out_channels": config["in_channels"]}
+    elif family.kind == "sana":
+        heads = config["num_cross_attention_heads"]
+        config |= {"cross_attention_dim": dim, "cross_attention_head_dim": dim // heads}
+    return config
+
+
+def build(kind: type[nn.Module], config: dict) -> nn.Module:
+    """A network from its config.json. Raises BadInput where that asks for what the network has no code for."""
+    for key, value in kind.FIXED.items():
+        if config.get(key, value) != value:
+            raise BadInput(f"{kind.__name__} knows {key} = {value!r} only, and the configuration has {config[key]!r}")
+    accepted = inspect.signature(kind).parameters
+    net = kind(**{key: config[key] for key in accepted if config.get(key) is not None})
+    net.config = config
+    return net
+
+
+def load_part(kind: type[nn.Module], folder: Path, device: str, dtype: torch.dtype, **override) -> nn.Module:
+    """A network with the weights of its folder. Names and shapes are compared before a byte of them is read, and the
+    network takes each tensor as it comes, so that memory holds the weights once. Raises BadInput."""
+    from safetensors import SafetensorError, safe_open
+
+    config = read_json(folder / "config.json") | override
+    with torch.device("meta"):
+        net = build(kind, config)
+    expected = {key: tuple(value.shape) for key, value in net.state_dict().items()}
+    state, places, found = {}, {}, {}
+    for path in weight_files(folder):
+        try:
+            with safe_open(path, "pt") as file:
+                for key in file.keys():  # noqa: SIM118 (not a dict)
+                    places[key], found[key] = path, tuple(file.get_slice(key).get_shape())
+        except FileNotFoundError:
+            raise BadInput(f"{path}, which the index names, is missing: download it again") from None
+        except SafetensorError as error:
+            raise BadInput(f"{path} is truncated or not a safetensors file ({error}): download it again") from None
+    differences = {"missing": expected.keys() - found.keys(), "unexpected": found.keys() - expected.keys()}
+    named = [f"{what} {', '.join(sorted(keys)[:3])} ({len(keys)} in all)" for what, keys in differences.items() if keys]
+    if named:
+        raise BadInput(f"{folder}: the weights don't fit its config.json: {'; '.join(named)}")
+    for key, shape in expected.items():
+        if found[key] != shape:
+            raise BadInput(f"{folder}: {key} has shape {list(found[key])}, its config.json asks for {list(shape)}")
+    for path in dict.fromkeys(places.values()):
+        with safe_open(path, "pt") as file:
+            for key in (key for key, place in places.items() if place == path):
+                state[key] = file.get_tensor(key).to(device, dtype, copy=True)
+    net.load_state_dict(state, assign=True)
+    return net.eval().requires_grad_(False)
+
+
+def random_part(kind: type[nn.Module], config: dict, device: str, dtype: torch.dtype) -> nn.Module:
+    """A network at the size of its configuration, with random weights: made where they live, in the dtype asked for."""
+    with torch.device("meta"):
+        net = build(kind, config).to(dtype)
+    net = net.to_empty(device=device)
+    with torch.no_grad(), torch.random.fork_rng():
+        torch.manual_seed(0)  # the same ones in every run
+        for module in net.modules():
+            if hasattr(module, "reset_parameters"):
+                module.reset_parameters()
+    return net.eval().requires_grad_(False)
+
+
+PARTS = re.compile(
+    r"(transformer|vae|scheduler|text_encoder(_\d)?|tokenizer(_\d)?)/[^/]+\.(json|txt|model|safetensors)$"
+)
+NETWORK = re.compile(r"(transformer/)?(config|diffusion_pytorch_model[^/]*)\.(json|safetensors)$")
+
+
+def wanted(files: Iterable[str], network_only: bool = False) -> list[str]:
+    """Of a repository's files those that are read: configurations, vocabularies, and each tensor once. A variant
+    (.fp16.) counts where nothing plain is there. network_only: a student's, alone or in its pipeline."""
+    files = list(files)
+    kept = [f for f in files if (NETWORK.match(f) if network_only else f == "model_index.json" or PARTS.match(f))]
+    is_weight = re.compile(r".*\.safetensors(\.index.*)?$")
+    is_variant = re.compile(r".*\.(fp16|bf16)[.-]")
+    plain = {f.rpartition("/")[0] for f in kept if is_weight.match(f) and not is_variant.match(f)}
+    return [f for f in kept if not (is_variant.match(f) and f.rpartition("/")[0] in plain)]
+
+
+def fetch(repository: str, network_only: bool = False) -> Path:
+    """The folder of a Hub repository in huggingface_hub's cache, downloaded as far as it is not there. Raises BadInput.
+
+    HF_HOME, HF_TOKEN and HF_HUB_OFFLINE mean what they mean to huggingface_hub; without a network the cache serves.
+    """
+    import huggingface_hub as hub
+    from huggingface_hub.utils import GatedRepoError, HfHubHTTPError, HFValidationError, RepositoryNotFoundError
+
+    def cached(name: str) -> str | None:
+        path = hub.try_to_load_from_cache(repository, name)
+        return path if isinstance(path, str) else None
+
+    names = None
+    try:
+        files = hub.HfApi().model_info(repository, files_metadata=True).siblings
+        names = wanted((file.rfilename for file in files), network_only)
+        new = sum(file.size or 0 for file in files if file.rfilename in names and not cached(file.rfilename))
+        cache = Path(hub.constants.HF_HUB_CACHE)
+        cache.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(cache).free
+        if new > free:
+            raise BadInput(
+                f"{repository} needs {new / 1e9:.1f} GB more and {cache} has {free / 1e9:.1f} GB free: "
+                "make room, or set HF_HOME to a folder on a larger disk"
+            )
+        return Path(hub.snapshot_download(repository, allow_patterns=names))
+    except GatedRepoError:
+        raise BadInput(
+            f"{repository} is gated: accept its licence on its page on the Hub, then log in (hf auth login) or set HF_TOKEN"
+        ) from None
+    except (RepositoryNotFoundError, HFValidationError):
+        raise BadInput(f"{repository} is not on the Hub, or is private: check its name, or set HF_TOKEN") from None
+    except (OSError, *HfHubHTTPError.__bases__) as error:  # no network, as told by the HTTP library beneath, or no disk
+        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+            raise BadInput(f"{repository}: the disk is full; make room, or set HF_HOME to another disk") from None
+        if getattr(getattr(error, "response", None), "status_code", None) in (401, 403):
+            raise BadInput(
+                f"{repository}: the Hub refuses the token; log in again (hf auth login) or set HF_TOKEN"
+            ) from None
+        for name in ("model_index.json", "transformer/config.json", "config.json"):
+            if cached(name) and all(map(cached, names or [])):
+                return Path(cached(name).removesuffix(name))
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise BadInput(f"{repository} is not in the cache and the Hub can't be reached ({reason}): go online") from None
+
+
+def resolve(name_or_path: str | Path, network_only: bool = False) -> Path:
+    """The folder of a teacher's name, of a folder's path, or of a Hub repository's id. Raises BadInput."""
+    if Path(name_or_path).is_dir():
+        return Path(name_or_path)
+    name = str(name_or_path)
+    if name in NAMES:
+        return fetch(NAMES[name].repository, network_only)
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not name.startswith("."):
+        return fetch(name, network_only)
+    raise BadInput(f"{name} is no folder and no name that is known here: {', '.join(NAMES)}")
+
+
+def widen(x: Tensor) -> Tensor:
+    """To float32, where latents and images live; what is wider stays."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+class Teacher:
+    """A pretrained flow-matching model with all that goes around its network, in the terms of chapters 1 to 3.
+
+    dit: v = net(x_t, t, cond). Latents are as the losses see them, (z - shift) * scale, unpacked, in float32. The text
+    encoders are loaded when the first prompt comes, and leave memory with forget_text(). resolution: pixels a side, or
+    (height, width). Made by load_teacher.
+    """
+
+    def __init__(self, name: str, folder: Path | None, family: Family, dit: nn.Module, vae: nn.Module, scheduler: dict):
+        self.name, self.folder, self.family, self.dit, self.vae, self.scheduler = (
+            name,
+            folder,
+            family,
+            dit,
+            vae,
+            scheduler,
+        )
+        self.scale = vae.config.get("scaling_factor", 1.0)
+        self.shift = vae.config.get("shift_factor") or 0.0
+        self.weights = next(dit.parameters())  # their dtype and device are everyone's
+        # What it was trained at: FLUX's network doesn't say, its autoencoder does.
+        latent_size = dit.config.get("sample_size")
+        self.resolution = vae.downscale * latent_size if latent_size else vae.config.get("sample_size", 1024)
+        self.steps = NAMES[name].steps if name in NAMES else {"sana": 20}.get(family.kind, 28)
+        self.embeds_guidance = bool(dit.config.get("guidance_embeds"))
+        self.text = None
+
+    def encode_prompts(self, prompts: list[str], max_length: int | None = None) -> dict[str, Tensor]:
+        """Prompts to cond (chapter 6 gives shapes), on the teacher's device. max_length: of T5's or Gemma's tokens."""
+        if self.folder is None:
+            return random_conditions(self.family, prompts, self.weights)
+        if self.text is None:
+            device, dtype = self.weights.device, self.weights.dtype
+            self.text = TextEncoders(self.folder, self.family.kind, device, dtype, self.instruction)
+        return self.text(prompts, max_length)
+
+    @cached_property
+    def instruction(self) -> str:
+        """What stands before SANA's prompts: diffusers' text, where that is installed, unless another one is set."""
+        if self.family.kind != "sana" or self.folder is None:
+            return ""
+        found = find_instruction()
+        if found is None:
+            warnings.warn("SANA's prompts go in bare: for its instruction install diffusers, or give a file of it")
+        return found or ""
+
+    def identity(self) -> list:
+        """What tells this teacher's encoders from others: its name and the size and time of each of its files."""
+        files = sorted(self.folder.rglob("*.safetensors")) if self.folder else []
+        return [self.name, *([str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in files)]
+
+    def forget_text(self) -> None:
+        """Frees the text encoders' memory."""
+        self.text = None
+        gc.collect()
+        if self.weights.is_cuda:
+            torch.cuda.empty_cache()
+
+    def times(self, steps: int, resolution: int | tuple[int, int]) -> Tensor:
+        """The descending times that the teacher's own pipeline walks, on the Rectified Flow path, with the final 0.
+
+        With r(t) = s t / (1 + (s - 1) t): SD3 and SANA (s = 3) put linspace(1, r(1 / 1000), steps) through r; FLUX puts
+        linspace(1, 1 / steps, steps) through r with s = e^mu, mu linear in the number of tokens. A consistency scheduler
+        (SANA-Sprint's students) divides the TrigFlow quarter circle, mapped here at equal SNR. -> [steps + 1]
+        """
+        config, end = self.scheduler, torch.zeros(1, dtype=torch.float64)
+        if config.get("_class_name") == "SCMScheduler":
+            u = torch.linspace(1.5708, 0, steps + 1, dtype=torch.float64)
+            if steps == 2:
+                u[1] = 1.3
+            return time_at(u.cos(), u.sin(), "rf").float()
+
+        def r(t: Tensor | float, s: float) -> Tensor | float:
+            return s * t / (1 + (s - 1) * t)
+
+        if config.get("use_dynamic_shifting"):
+            _, h, w = self.latent_shape(resolution)
+            low, high = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
+            shifts = config.get("base_shift", 0.5), config.get("max_shift", 1.15)
+            mu = shifts[0] + (shifts[1] - shifts[0]) * (h * w / 4 - low) / (high - low)
+            t = r(torch.linspace(1, 1 / steps, steps, dtype=torch.float64), math.exp(mu))
+        else:
+            s = config.get("shift", config.get("flow_shift", 1.0))
+            t = r(torch.linspace(1, r(1 / 1000, s), steps, dtype=torch.float64), s)
+        return torch.cat([t, end]).float()
+
+    def sample(
+        self,
+        z: Tensor,
+        cond: dict,
+        uncond: dict | None = None,
+        steps: int | None = None,
+        guidance: float = 1.0,
+        rng: torch.Generator | None = None,
+    ) -> Tensor:
+        """The teacher's own sampling, as its pipeline does it. z ~ N(0, I): [B, C, h, w] -> latents"""
+        times = self.times(steps or self.steps, tuple(self.vae.downscale * n for n in z.shape[-2:]))
+        if self.scheduler.get("_class_name") == "SCMScheduler":  # fresh noise between steps, as in few-step generation
+            with torch.no_grad():
+                return generate(self.dit, z, cond, times=times, rng=rng)
+        return sample_ode(self.dit, z, cond, uncond, times, guidance)
+
+    @torch.no_grad()
+    def encode(self, images: Tensor) -> Tensor:
+        """Images in [-1, 1], [B, 3, H, W], to latents [B, C, h, w]: the posterior's mode."""
+        z = self.vae.encode(images.to(self.weights.device, self.weights.dtype))
+        return (widen(z) - self.shift) * self.scale
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        """Latents [B, C, h, w] to images in [-1, 1] (as far as the decoder keeps to it), [B, 3, H, W] in float32."""
+        return widen(self.vae.decode((latents / self.scale + self.shift).to(self.weights.dtype)))
+
+    def latent_shape(self, resolution: int | tuple[int, int]) -> tuple[int, int, int]:
+        """(C, h, w). Raises BadInput for a resolution that the networks can't take."""
+        size = (resolution, resolution) if isinstance(resolution, int) else tuple(resolution)
+        unit = self.vae.downscale * self.dit.patch_size
+        largest = unit * getattr(self.dit, "max_size", 10**6)
+        if any(n < unit or n % unit or n > largest for n in size):
+            limit = f" up to {largest}" if hasattr(self.dit, "max_size") else ""
+            raise BadInput(f"resolution {size[0]} x {size[1]}: {self.name} takes multiples of {unit}{limit}")
+        return self.vae.latent_channels, *(n // self.vae.downscale for n in size)
+
+
+def random_conditions(family: Family, prompts: list[str], like: Tensor) -> dict[str, Tensor]:
+    """What stands for prompts where there is no text encoder: noise of the right shapes, the same for the same prompt."""
+    rows = []
+    for prompt in prompts:
+        rng = torch.Generator().manual_seed(zlib.crc32(prompt.encode()))
+        rows.append(
+            {key: torch.randn(shape, generator=rng) for key, shape in family.conditions.items() if key != "mask"}
+        )
+    cond = {key: torch.stack([row[key] for row in rows]).to(like) for key in rows[0]}
+    if "mask" in family.conditions:
+        cond["mask"] = torch.ones(len(prompts), *family.conditions["mask"], dtype=torch.int64, device=like.device)
+    return cond
+
+
+def locate(name_or_path: str | Path) -> tuple[Path, Family, dict]:
+    """A pipeline's folder, its family, and what of its network's configuration is to be read otherwise. Raises BadInput."""
+    folder = resolve(name_or_path)
+    index = read_json(folder / "model_index.json")
+    pipeline = index.get("_class_name")
+    if pipeline not in PIPELINES:
+        raise BadInput(f"{folder} is a {pipeline}; the pipelines known here are {', '.join(PIPELINES)}")
+    for part in (key for key, entry in index.items() if isinstance(entry, list) and entry[0]):
+        if PARTS.match(f"{part}/x.json") and not (folder / part).is_dir():
+            raise BadInput(f"{folder} lacks {part}, which its model_index.json names: download it again")
+    # Sprint's pipeline feeds its network t itself, whatever the configuration says of 1000 t.
+    return folder, PIPELINES[pipeline], {"timestep_scale": 0.001} if pipeline == "SanaSprintPipeline" else {}
+
+
+def count_weights(name_or_path: str) -> int:
+    """Of a teacher's network, from its configuration alone. Raises BadInput."""
+    if name_or_path in NAMES:
+        family = PIPELINES[NAMES[name_or_path].pipeline]
+        config = network_config(family, NAMES[name_or_path].network)
+    else:
+        folder, family, _ = locate(name_or_path)
+        config = read_json(folder / "transformer" / "config.json")
+    with torch.device("meta"):
+        return sum(p.numel() for p in build(family.backbone, config).parameters())
+
+
+def load_teacher(
+    name_or_path: str | Path,
+    device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    random_weights: bool = False,
+) -> Teacher:
+    """A teacher by name (a key of NAMES), from a folder in the diffusers layout, or from a Hub repository.
+
+    random_weights builds a named teacher at its true size without any download: random weights, random conditions.
+    Raises BadInput for whatever does not fit, before weights are read.
+    """
+    name = str(name_or_path)
+    if random_weights:
+        if name not in NAMES:
+            raise BadInput(f"random weights need one of the names {', '.join(NAMES)}, not {name}")
+        family = PIPELINES[NAMES[name].pipeline]
+        dit = random_part(family.backbone, network_config(family, NAMES[name].network), device, dtype)
+        vae = random_part(family.autoencoder, family.latent, device, dtype)
+        return Teacher(name, None, family, dit, vae, family.scheduler)
+    folder, family, override = locate(name_or_path)
+    scheduler = read_json(folder / "scheduler" / "scheduler_config.json")
+    dit = load_part(family.backbone, folder / "transformer", device, dtype, **override)
+    vae = load_part(family.autoencoder, folder / "vae", device, dtype)
+    return Teacher(name, folder, family, dit, vae, scheduler)
+
+
+def save_student(net: nn.Module, teacher: Teacher, folder: str | Path) -> None:
+    """Writes a student in the diffusers layout, config.json and safetensors: complete beside `folder`, then renamed."""
+    from safetensors.torch import save_file
+
+    folder = Path(folder)
+    new, old = (folder.with_name(f"{folder.name}.{what}") for what in ("new", "old"))
+    shutil.rmtree(new, ignore_errors=True)
+    new.mkdir(parents=True)
+    weights = {key: value.detach().contiguous() for key, value in net.state_dict().items()}
+    save_file(weights, new / "diffusion_pytorch_model.safetensors", metadata={"format": "pt"})
+    (new / "config.json").write_text(json.dumps(teacher.dit.config, indent=2) + "\n", encoding="utf-8")
+    shutil.rmtree(old, ignore_errors=True)
+    if folder.exists():
+        folder.rename(old)
+    new.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def as_student(net: nn.Module) -> nn.Module:
+    """What differs between FLUX the teacher and its students: a guidance embedding of 1."""
+    if isinstance(net, FLUX):
+        net.guidance = 1.0
+    return net
+
+
+def load_student(folder_or_hub_id: str | Path, teacher: Teacher) -> nn.Module:
+    """A student from its folder, from a whole pipeline's folder, or from a Hub repository of either. Raises BadInput."""
+    folder = resolve(folder_or_hub_id, network_only=True)
+    folder = folder / "transformer" if (folder / "transformer").is_dir() else folder
+    config, expected = read_json(folder / "config.json"), teacher.dit.config
+    if config.get("_class_name") != expected["_class_name"]:
+        raise BadInput(f"{folder} is a {config.get('_class_name')}, and {teacher.name} a {expected['_class_name']}")
+    override = {key: expected[key] for key in ("timestep_scale",) if key in expected}
+    kind = teacher.family.backbone
+    return as_student(load_part(kind, folder, teacher.weights.device, teacher.weights.dtype, **override))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 10. Command line
+# ----------------------------------------------------------------------------------------------------------------------
+
+GRAMMAR = {  # what prompts are made of where no file is given: {name} stands for one of that line's choices
+    "prompt": "{scene}|{scene}, {style}|{style} of {scene}|{thing} {place}, {light}|{lettering} {place}",
+    "scene": "{thing} {place}|{several} {place}|{thing} {relation} {thing}|{thing} and {several} {place}, {light}",
+    "thing": "a {quality} {object}|a {colour} {object}|a {colour} {object} made of {material}|a {quality} {colour} {object}",
+    "several": "two {colour} {object}s|three {object}s|four {quality} {object}s|a row of {colour} {object}s",
+    "lettering": 'a {colour} sign that says "{word} {word}"|a book called "{word}"|a {object} with the word "{word}" on it',
+    "relation": "next to|to the left of|on top of|under|behind|in front of",
+    "object": "cat|dog|robot|teapot|bicycle|lighthouse|owl|castle|violin|train|flower|astronaut|boat|chair|dragon|cake",
+    "quality": "small|huge|shiny|old|broken|cheerful|transparent|fluffy|rusty|elegant",
+    "colour": "red|blue|green|yellow|black|white|orange|purple|pink|golden",
+    "material": "glass|wood|wool|paper|marble|copper|ice|leaves",
+    "place": "in a forest|on a beach|in a busy street|on a kitchen table|under water|on the moon|in a library|in the snow",
+    "light": "at sunrise|at night under neon lights|in soft studio light|in heavy fog|by candlelight|at noon",
+    "style": "a watercolour|an oil painting|a photograph, 35mm|a pencil drawing|a 3D rendering|a woodcut|a pixel-art picture",
+    "word": "OPEN|HELLO|NORTH|TEA|FLOW|DREAM|NOISE|TIME",
+}
+SHARD = 64  # prompts in one file of the cache
+
+
+def compose(count: int, seed: int) -> list[str]:
+    """Prompts from the grammar: objects, attributes, counts, places, styles, lettering."""
+    rng = random.Random(seed)
+
+    def expand(name: str) -> str:
+        return re.sub(r"{(\w+)}", lambda match: expand(match[1]), rng.choice(GRAMMAR[name].split("|")))
+
+    return [expand("prompt") for _ in range(count)]
+
+
+def read_prompts(file: Path) -> list[str]:
+    """One prompt a line; blank lines don't count. Raises BadInput."""
+    prompts = [line.strip() for line in read_text(file).splitlines() if line.strip()]
+    if not prompts:
+        raise BadInput(f"{file} holds no prompt: it needs one a line")
+    return prompts
+
+
+def read_captions(folder: Path) -> dict[Path, str]:
+    """Images of a folder with their captions: from metadata.jsonl (file_name, text), else same-named .txt files.
+    Raises BadInput."""
+    if not folder.is_dir():
+        raise BadInput(f"--data {folder} is not a folder")
+    captions, index = {}, folder / "metadata.jsonl"
+    if index.exists():
+        for number, line in enumerate(read_text(index).split("\n"), 1):
+            if not line.strip():
+                continue
+            try:
+                entry = json.loads(line)
+                captions[folder / entry["file_name"]] = entry["text"].strip()
+            except (ValueError, KeyError, TypeError, AttributeError):
+                raise BadInput(f'{index}, line {number}: needs {{"file_name": ..., "text": ...}}') from None
+    else:
+        kinds = {".png", ".jpg", ".jpeg", ".webp"}
+        for image in sorted(path for path in folder.rglob("*") if path.suffix.lower() in kinds):
+            caption = image.with_suffix(".txt")
+            if not caption.exists():
+                raise BadInput(
+                    f"{image} has no caption: it needs {caption.name} beside it, or an entry in metadata.jsonl"
+                )
+            captions[image] = read_text(caption).strip()
+    for image in captions:
+        if not image.exists():
+            raise BadInput(f"{image}, which {index} names, is missing")
+    if not captions:
+        raise BadInput(f"--data {folder} holds no images (png, jpg, webp)")
+    return captions
+
+
+def read_image(path: Path, resolution: int) -> Tensor:
+    """The largest square in the middle of an image, resized. -> [3, resolution, resolution] in [-1, 1]"""
+    import numpy as np
+    from PIL import Image, ImageOps
+
+    try:
+        with Image.open(path) as image:
+            square = ImageOps.fit(
+                ImageOps.exif_transpose(image).convert("RGB"), (resolution, resolution), Image.LANCZOS
+            )
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise BadInput(f"{path} can't be read as an image ({error}): repair or remove it") from None
+    return torch.from_numpy(np.array(square)).permute(2, 0, 1) / 127.5 - 1
+
+
+class Cache:
+    """Tensors of many items on disk, computed once: shards of SHARD items, memory-mapped safetensors. cache[indices] is
+    a batch. The folder's name is a digest of what the tensors depend on, so a changed list is another cache.
+
+    Each shard is written beside and renamed, so that a killed run goes on where it was. Raises BadInput if the disk
+    can't hold them, before anything is written.
+    """
+
+    def __init__(self, folder: Path, what: str, items: list, encode: Callable[[list], dict], key: list):
+        from safetensors.torch import save_file
+        from tqdm import tqdm
+
+        digest = hashlib.sha256(json.dumps([key, [str(item) for item in items]]).encode()).hexdigest()[:16]
+        self.folder = folder / f"{what}-{digest}"
+        missing = [i for i in range(0, len(items), SHARD) if not self.shard(i).exists()]
+        total = sum(len(items[i : i + SHARD]) for i in missing)
+        with tqdm(total=total, unit=what.rstrip("s"), desc=f"encoding {what}", disable=not missing) as bar:
+            for n, i in enumerate(missing):
+                part = items[i : i + SHARD]
+                batches = [encode(part[j : j + 8]) for j in range(0, len(part), 8)]
+                rows = {name: torch.cat([batch[name] for batch in batches]).cpu().contiguous() for name in batches[0]}
+                if n == 0:
+                    self.make_room(sum(x.nbytes for x in rows.values()) // len(part) * total, what)
+                write(self.shard(i), lambda file, rows=rows: save_file(rows, file))
+                bar.update(len(part))
+
+    def make_room(self, needed: int, what: str) -> None:
+        run = self.folder.parent
+        run.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(run).free
+        if needed > free:
+            raise BadInput(
+                f"the {what} take {needed / 1e9:.1f} GB in {run}, where {free / 1e9:.1f} GB are free: "
+                "make room, give fewer, or choose another --out"
+            )
+        self.folder.mkdir(exist_ok=True)
+
+    def shard(self, index: int) -> Path:
+        return self.folder / f"{index // SHARD:05d}.safetensors"
+
+    def __getitem__(self, indices: list[int]) -> dict[str, Tensor]:
+        from safetensors import safe_open
+
+        rows = []
+        for i in indices:
+            with safe_open(self.shard(i), "pt") as file:
+                j = i % SHARD
+                rows.append({name: file.get_slice(name)[j : j + 1] for name in file.keys()})  # noqa: SIM118
+        return {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
+
+
+def write(file: Path, content: Callable[[Path], object]) -> None:
+    """Written beside and renamed into place: a file is whole or absent."""
+    part = file.with_name(f".{file.name}.part")
+    content(part)
+    part.replace(file)
+
+
+def to_pixels(images: Tensor):
+    """[B, 3, H, W] in [-1, 1] -> numpy [B, H, W, 3] of bytes."""
+    return ((images.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+
+
+def pyplot():
+    """matplotlib without a screen, in the one style of this project's figures."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    import matplotlib.pyplot as plt
+
+    style = {"font.size": 11, "legend.frameon": False, "figure.constrained_layout.use": True, "savefig.dpi": 130}
+    style |= {"axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.25}
+    plt.rcParams.update(style)
+    return plt
+
+
+def draw_samples(file: Path, rows: dict[str, Tensor], prompts: list[str], title: str = "") -> None:
+    """A grid: one row per name, one column per prompt. rows: images [B, 3, H, W] in [-1, 1]"""
+    plt = pyplot()
+    columns = len(prompts)
+    size = (2.6 * columns + 0.4, 2.6 * len(rows) + 0.9)
+    figure, axes = plt.subplots(len(rows), columns, figsize=size, squeeze=False)
+    for (name, images), line in zip(rows.items(), axes):
+        for ax, pixels in zip(line, to_pixels(images)):
+            ax.imshow(pixels, interpolation="nearest" if pixels.shape[0] < 256 else None)
+            ax.set(xticks=[], yticks=[], frame_on=False)
+            ax.grid(visible=False)
+        line[0].set_ylabel(name)
+    for ax, prompt in zip(axes[0], prompts):
+        ax.set_title(textwrap.fill(textwrap.shorten(prompt, 90, placeholder=" ..."), 32), fontsize=8)
+    figure.suptitle(title, fontsize=9)
+    write(file, partial(figure.savefig, format="png"))
+    plt.close(figure)
+
+
+def draw_losses(file: Path, log: list[dict]) -> None:
+    """The run's measurements against the images seen: dots, and their running geometric or arithmetic means."""
+    import numpy as np
+
+    plt = pyplot()
+    names = {
+        "fisher": "Fisher estimate",
+        "fake_loss": "fake network's loss",
+        "loss": "generator's loss (hovers around 0)",
+    }
+    names |= {"discriminator": "discriminator", "adversarial": "adversarial"} if "adversarial" in log[0] else {}
+    images = np.array([row["images"] for row in log])
+    figure, axes = plt.subplots(1, len(names), figsize=(3.6 * len(names), 3))
+    width = max(1, len(log) // 20)
+    for ax, (name, label) in zip(axes, names.items()):
+        y = np.array([row[name] for row in log])
+        logarithmic = name != "loss" and bool((y > 0).all())
+        smooth = np.convolve(np.log(y) if logarithmic else y, np.ones(width) / width, "valid")
+        ax.plot(images, y, ".", ms=2, alpha=0.3, color="tab:blue")
+        ax.plot(images[width - 1 :], np.exp(smooth) if logarithmic else smooth, color="tab:blue")
+        ax.set(xlabel="images seen", title=label, yscale="log" if logarithmic else "linear")
+        ax.title.set_fontsize(9)
+    write(file, partial(figure.savefig, format="png"))
+    plt.close(figure)
+
+
+def fail(message: object, status: int = 2) -> NoReturn:
+    """One line; exit status 2 for bad input."""
+    print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
+    raise SystemExit(status)
+
+
+def whole(low: int, high: int = 10**9) -> Callable[[str], int]:
+    """An argument that is a whole number from low to high."""
+
+    def parse(text: str) -> int:
+        if not text.isdecimal() or not low <= int(text) <= high:
+            raise argparse.ArgumentTypeError(f"needs a whole number, {low} or more, not {text!r}")
+        return int(text)
+
+    return parse
+
+
+def finite(text: str) -> float:
+    try:
+        if math.isfinite(float(text)):
+            return float(text)
+    except ValueError:
+        pass
+    raise argparse.ArgumentTypeError(f"needs a number, not {text!r}")
+
+
+def positive(text: str) -> float:
+    if finite(text) <= 0:
+        raise argparse.ArgumentTypeError(f"needs a number above 0, not {text!r}")
+    return float(text)
+
+
+def make_folder(folder: Path) -> None:
+    """Raises BadInput if nothing can be written there."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise BadInput(f"cannot write to the folder --out {folder}: {error.strerror}") from None
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description="Distils a flow-matching teacher into a generator of a few steps (SiD-DiT), and samples from both.",
+        epilog="Names: " + ", ".join(NAMES),
+    )
+    parser.error = fail
+    add = parser.add_argument
+    add(
+        "--teacher", required=True, metavar="NAME", help="a name (below), a folder in the diffusers layout, or a Hub id"
+    )
+    add("--student", metavar="FOLDER", help="a student's folder or Hub id: to sample from, or to start training from")
+    add("--steps", type=whole(1), help="K of the student (4); with --sample alone, the teacher's own number")
+    add("--resolution", type=whole(1), help="pixels a side (what the teacher was trained at)")
+    add(
+        "--guidance", type=finite, help="classifier-free guidance (4.5; 1, which is none, if it has an embedding of it)"
+    )
+    add("--seed", type=whole(0), default=0, help="fixes everything (%(default)s)")
+    add("--out", type=Path, help="the run's folder (runs/NAME, runs/NAME-data); with --sample, a picture's name")
+    add("--device", choices=("cuda", "mps", "cpu"), help="(the first of these that is there)")
+    add("--dtype", choices=("bf16", "fp32"), help="of weights and activations (bf16 on cuda, else fp32)")
+    add("--random-weights", action="store_true", help="the named teacher at its true size, without a download")
+    add("--instruction", type=Path, metavar="FILE", help="SANA: the text that stands before every prompt")
+    add("--tokens", type=whole(1), help="of T5 or Gemma (the pipeline's: 256, 512, 300; the authors train SD3 with 77)")
+
+    training = parser.add_argument_group("distillation")
+    add = training.add_argument
+    add("--prompts", type=Path, metavar="FILE", help="one prompt a line (composed from a small grammar)")
+    add("--data", type=Path, metavar="FOLDER", help="images with captions: adds the adversarial term")
+    add("--iters", type=whole(1), default=2000, help="(%(default)s)")
+    add("--batch", type=whole(1), default=4, help="(%(default)s; the authors' is 256)")
+    add("--lr", type=positive, help="(bf16: 1e-5, SANA 5e-6; fp32: 1e-6)")
+    add("--loss", choices=LOSSES, default="sid", help="of the generator (%(default)s)")
+    add("--alpha", type=finite, default=1.0, help="of the SiD loss (%(default)s)")
+    add("--weight", choices=WEIGHTS, default="1-t", help="w(t) of the generator's loss (%(default)s)")
+    add("--noise", choices=NOISES, default="fresh", help="between the student's steps (%(default)s)")
+    add("--save-every", type=whole(1), default=250, help="iterations between pictures and students (%(default)s)")
+
+    sampling = parser.add_argument_group("sampling")
+    sampling.add_argument("--sample", action="append", metavar="PROMPT", help="draw this; repeat for more")
+    return parser.parse_args(argv)
+
+
+def prepare(args: argparse.Namespace) -> Teacher:
+    """The teacher, on the device and in the dtype asked for."""
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    args.device = args.device or next(device for device, present in there.items() if present)
+    if not there[args.device]:
+        raise BadInput(f"--device {args.device}: this machine has none; give --device cpu, or leave it out")
+    args.dtype = args.dtype or ("bf16" if args.device == "cuda" else "fp32")
+    dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[args.dtype]
+    if args.device == "cpu":
+        say_what_a_cpu_needs(args, dtype)
+    teacher = load_teacher(args.teacher, args.device, dtype, args.random_weights)
+    args.resolution = args.resolution or teacher.resolution
+    if args.guidance is None:
+        args.guidance = 1.0 if teacher.embeds_guidance else 4.5
+    if args.instruction is not None:
+        teacher.instruction = read_text(args.instruction).removesuffix("\n")
+    return teacher
+
+
+def say_what_a_cpu_needs(args: argparse.Namespace, dtype: torch.dtype) -> None:
+    """A billion weights without a GPU: what it takes, before it starts. Raises BadInput where memory can't hold it."""
+    weights = count_weights(args.teacher)
+    # Distillation holds three networks, and for two of them a gradient and Adam's two moments.
+    needed = weights * dtype.itemsize * (1 if args.sample else 9)
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    line = f"{args.teacher} has {weights / 1e9:.2f} billion weights: on this CPU in {args.dtype} that takes "
+    line += f"{needed / 1e9:.0f} GB of memory besides activations (this machine has {memory / 1e9:.0f} GB)"
+    if needed > memory:
+        raise BadInput(f"{line}: use a GPU, --dtype bf16 or a smaller teacher")
+    if weights > 1e9:
+        print(f"{line}, and hours where a GPU takes minutes", file=sys.stderr)
+
+
+def noise_for(shape: tuple[int, ...], seed: int, device: str) -> Tensor:
+    """The same noise on every device."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(device)
+
+
+def sample(args: argparse.Namespace) -> None:
+    """--sample: draws prompts with the teacher, or with a student."""
+    from PIL import Image, ImageDraw
+
+    out = args.out or Path("sample.png")
+    out = out if out.suffix else out.with_suffix(".png")
+    if out.is_dir():
+        raise BadInput(f"--out {out} is a folder: with --sample it is a picture's name")
+    make_folder(out.parent)
+    teacher = prepare(args)
+    shape = teacher.latent_shape(args.resolution)
+    student = load_student(args.student, teacher) if args.student else None
+    cond = teacher.encode_prompts(args.sample, args.tokens)
+    uncond = teacher.encode_prompts([""], args.tokens)
+    teacher.forget_text()
+    z = noise_for((len(args.sample), *shape), args.seed, args.device)
+    rng = torch.Generator().manual_seed(args.seed + 1)
+    pictures = []
+    for i in range(len(z)):
+        one = {key: value[i : i + 1] for key, value in cond.items()}
+        if student is None:
+            x = teacher.sample(z[i : i + 1], one, uncond, args.steps, args.guidance, rng)
+        else:
+            with torch.no_grad():
+                x = generate(student, z[i : i + 1], one, args.steps or 4, args.noise, rng=rng)
+        pictures.append(teacher.decode(x))
+    steps = args.steps or (4 if student else teacher.steps)
+    name = f"{'student' if student else 'teacher'}, {steps} steps" + (", random weights" if args.random_weights else "")
+    for i, pixels in enumerate(to_pixels(torch.cat(pictures))):
+        file = out if len(z) == 1 else out.with_stem(f"{out.stem}-{i + 1}")
+        image = Image.fromarray(pixels)
+        if args.random_weights:
+            ImageDraw.Draw(image).text((4, 4), "random weights", fill="white", stroke_width=1, stroke_fill="black")
+        write(file, partial(image.save, format="PNG"))
+        print(file)
+    if len(z) > 1:
+        draw_samples(out, {name: torch.cat(pictures)}, args.sample)
+        print(out)
+
+
+def train(args: argparse.Namespace) -> None:
+    """Distils the teacher into a student, and shows how it goes."""
+    from tqdm import tqdm
+
+    given, total = copy.copy(args), args.iters * args.batch
+    out = args.out or Path("runs") / (Path(args.teacher).name + ("-data" if args.data else ""))
+    if args.data and args.prompts:
+        raise BadInput("--prompts and --data together: with --data the prompts are its captions")
+    captions = read_captions(args.data) if args.data else {}
+    if args.data:
+        prompts = list(captions.values())
+    else:
+        prompts = read_prompts(args.prompts) if args.prompts else compose(min(total, 2048), args.seed)
+    make_folder(out)
+    teacher = prepare(args)
+    steps, shape = args.steps or 4, (args.batch, *teacher.latent_shape(args.resolution))
+    student = load_student(args.student, teacher) if args.student else as_student(copy.deepcopy(teacher.dit))
+    fake = copy.deepcopy(teacher.dit)
+
+    # Images and prompts go through their encoders once; among the prompts row 0 is the empty one.
+    key = [*teacher.identity(), args.dtype]
+    if args.data:
+        pictures = Cache(
+            out / "cache",
+            "images",
+            list(captions),
+            lambda files: {"x_0": teacher.encode(torch.stack([read_image(file, args.resolution) for file in files]))},
+            [*key, args.resolution, *(file.stat().st_mtime_ns for file in captions)],
+        )
+    texts = Cache(
+        out / "cache",
+        "prompts",
+        ["", *prompts],
+        lambda some: teacher.encode_prompts(some, args.tokens),
+        [*key, args.tokens, teacher.instruction],
+    )
+    teacher.forget_text()
+
+    def on_device(rows: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {name: x.to(args.device, non_blocking=True) for name, x in rows.items()}
+
+    def batches() -> Iterator[tuple[dict, Tensor | None]]:
+        order = torch.Generator().manual_seed(args.seed)
+        while True:
+            picks = torch.randint(len(prompts), (args.batch,), generator=order).tolist()
+            real = on_device(pictures[picks])["x_0"] if args.data else None
+            yield on_device(texts[[1 + i for i in picks]]), real
+
+    # Adam as in the paper: against bf16's rounding a larger rate, and an eps that the gradients' scale of 100 reaches.
+    rate, eps = (5e-6 if teacher.family.kind == "sana" else 1e-5, 1e-4) if args.dtype == "bf16" else (1e-6, 1e-8)
+    optimizers = tuple(
+        torch.optim.Adam(
+            net.parameters(),
+            lr=rate if args.lr is None else args.lr,
+            betas=(0.0, 0.999),
+            eps=eps,
+            fused=args.device == "cuda",
+        )
+        for net in (student, fake)
+    )
+    uncond = on_device(texts[[0]])
+    shown = prompts[:4]
+    cond = on_device(texts[list(range(1, 1 + len(shown)))])
+    z = noise_for((len(shown), *shape[1:]), args.seed, args.device)
+    everyone = {name: x.expand(len(shown), *x.shape[1:]) for name, x in uncond.items()}
+    rng = torch.Generator().manual_seed(args.seed)
+    theirs = teacher.decode(teacher.sample(z, cond, everyone, guidance=args.guidance, rng=rng))
+    note = " (random weights)" if args.random_weights else ""
+    log: list[dict] = []
+    write(out / "args.json", lambda file: file.write_text(json.dumps(vars(args), indent=2, default=str) + "\n"))
+    (out / "log.jsonl").write_text("")
+
+    def checkpoint(images: int) -> None:
+        rng = torch.Generator().manual_seed(args.seed + 1)
+        with torch.no_grad():
+            ours = teacher.decode(generate(student, z, cond, steps, args.noise, rng=rng))
+        rows = {f"teacher, {teacher.steps} steps": theirs, f"student, {steps} step{'s' * (steps > 1)}": ours}
+        file = out / f"samples-{images // args.batch:06d}.png"
+        draw_samples(file, rows, shown, f"{Path(args.teacher).name}{note}, the student after {images:,} images")
+        draw_losses(out / "loss.png", log)
+        save_student(student, teacher, out / "student")
+
+    waiting: list[dict] = []
+    settings = {"loss": args.loss, "alpha": args.alpha, "weight": args.weight, "noise": args.noise}
+    settings |= {"guidance": args.guidance, "uncond": uncond, "steps": steps, "iters": args.iters}
+    # The authors' waiting times of the adversarial term, for runs as long as theirs; shorter ones wait a tenth, a fifth.
+    settings["warmup"] = (min(20_000, total // 10), min(40_000, total // 5))
+    rng = torch.Generator(args.device).manual_seed(args.seed)
+    with tqdm(total=total, unit=" images", unit_scale=True, desc=out.name) as bar:
+        for measured in distill(teacher.dit, student, fake, optimizers, batches(), shape, rng=rng, **settings):
+            waiting.append(measured)
+            done = measured["iteration"] + 1
+            save = done % args.save_every == 0 or done == args.iters
+            if len(waiting) == 10 or save:  # reading the measurements waits for the device, so that is done seldom
+                rows = [{name: float(x) for name, x in row.items()} for row in waiting]
+                if not all(math.isfinite(x) for row in rows for x in row.values()):
+                    bar.close()
+                    fail(f"diverged by iteration {done}: try a smaller --lr; {out} has what was saved before", status=1)
+                log += rows
+                with open(out / "log.jsonl", "a", encoding="utf-8") as file:
+                    file.writelines(json.dumps(row) + "\n" for row in rows)
+                bar.set_postfix_str(
+                    f"Fisher estimate {sum(row['fisher'] for row in rows) / len(rows):.3g}", refresh=False
+                )
+                waiting.clear()
+            bar.update(args.batch)
+            if save:
+                checkpoint(done * args.batch)
+    command = ["python", "sid_fm.py", "--teacher", args.teacher, "--student", str(out / "student")]
+    for name in ("steps", "resolution", "device", "dtype", "tokens", "noise", "instruction"):
+        if getattr(given, name) not in (None, "fresh"):
+            command += [f"--{name}", str(getattr(given, name))]
+    command += [*["--random-weights"] * args.random_weights, "--sample", shown[0]]
+    print(f"{out}: samples-*.png, loss.png and the student. To sample from it:\n{shlex.join(command)}")
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse(argv)
+    warnings.formatwarning = lambda message, *_, **__: f"{message}\n"
+    try:
+        sample(args) if args.sample else train(args)
+    except BadInput as error:
+        fail(error)
+    except torch.cuda.OutOfMemoryError:
+        fail("the GPU's memory is full: try a smaller --batch, --resolution or --tokens", status=1)
+    except KeyboardInterrupt:
+        fail("stopped: what was saved before is whole", status=130)
+
+
+if __name__ == "__main__":
+    main()

@@ -12,8 +12,6 @@ import copy
 import itertools
 import json
 import math
-import sys
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -21,7 +19,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple, NoReturn
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -33,11 +31,17 @@ from sid_fm import (
     add_noise,
     convert,
     draw_times,
+    fail,
+    finite,
     flow_matching_loss,
     generate,
+    make_folder,
     match_dims,
     path_terms,
+    pyplot,
     sid_loss,
+    whole,
+    write,
 )
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -739,26 +743,6 @@ def few_step(net: Callable, steps: int, noise: str = "fresh", seed: int = 0) -> 
 INK, GREY, BLUE, RED, GREEN, GOLD = "#1f2430", "#8b95a1", "#2f6fb3", "#c8453b", "#3a8f5c", "#c08a1e"
 
 
-def pyplot():
-    """matplotlib without a screen, in the one style of this project's figures."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    style = {"font.size": 11, "legend.frameon": False, "figure.constrained_layout.use": True, "savefig.dpi": 130}
-    style |= {"axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.25}
-    plt.rcParams.update(style)
-    return plt
-
-
-def write(file: Path, content: Callable[[Path], object]) -> None:
-    """Written beside and renamed into place: a file is whole or absent."""
-    part = file.with_name(f".{file.name}.part")
-    content(part)
-    part.replace(file)
-
-
 def save(figure, out: Path, name: str) -> None:
     write(out / name, partial(figure.savefig, format="png"))
     pyplot().close(figure)
@@ -1096,32 +1080,6 @@ def sweep(args: argparse.Namespace) -> None:
     print(f"{len(runs)} students of {args.iters} iterations ({time.perf_counter() - start:.0f} s)")
 
 
-def fail(message: str, status: int = 2) -> NoReturn:
-    """One line; exit status 2 for bad input."""
-    print(f"toy_2d.py: {message}", file=sys.stderr)
-    raise SystemExit(status)
-
-
-def whole(low: int, high: int = 10**9) -> Callable[[str], int]:
-    """An argument that is a whole number from low to high."""
-
-    def parse(text: str) -> int:
-        if not text.isdecimal() or not low <= int(text) <= high:
-            raise argparse.ArgumentTypeError(f"needs a whole number, {low} or more, not {text!r}")
-        return int(text)
-
-    return parse
-
-
-def finite(text: str) -> float:
-    try:
-        if math.isfinite(float(text)):
-            return float(text)
-    except ValueError:
-        pass
-    raise argparse.ArgumentTypeError(f"needs a number, not {text!r}")
-
-
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.error = fail
@@ -1150,11 +1108,7 @@ def main() -> None:
     try:
         if args.check:
             raise SystemExit(0 if check_all(args.seed) else 1)
-        try:
-            args.out.mkdir(parents=True, exist_ok=True)
-            tempfile.TemporaryFile(dir=args.out).close()
-        except OSError as error:
-            fail(f"cannot write to the folder --out {args.out}: {error.strerror}")
+        make_folder(args.out)
         held = args.sweep or check_all(args.seed)
         if args.sweep:
             sweep(args)
@@ -1162,6 +1116,8 @@ def main() -> None:
             draw_densities(args.out)
             draw_alpha(args.out)
             run(args)
+    except sid_fm.BadInput as error:
+        fail(error)
     except FloatingPointError as error:
         fail(f"{error}: try another --weight or --seed", status=1)
     except KeyboardInterrupt:
