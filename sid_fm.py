@@ -1494,80 +1494,49 @@ class Known(NamedTuple):
     network: dict
 
 
+SD3, FLUX1, SANA = "StableDiffusion3Pipeline", "FluxPipeline", "SanaPipeline"
+SD35_MEDIUM = {"qk_norm": "rms_norm", "pos_embed_max_size": 384, "dual_attention_layers": list(range(13))}
+SD35_LARGE = {"qk_norm": "rms_norm", "num_layers": 38, "num_attention_heads": 38}
+SMALL = {"num_layers": 28, "num_attention_heads": 36, "num_cross_attention_heads": 16}
 SPRINT = {"qk_norm": "rms_norm_across_heads", "timestep_scale": 0.001, "sample_size": 32}
-SANA_SMALL = {"num_layers": 28, "num_attention_heads": 36, "num_cross_attention_heads": 16}
 NAMES = {
-    "sd3-medium": Known("stabilityai/stable-diffusion-3-medium-diffusers", "StableDiffusion3Pipeline", 28, {}),
-    "sd3.5-medium": Known(
-        "stabilityai/stable-diffusion-3.5-medium",
-        "StableDiffusion3Pipeline",
-        40,
-        {"qk_norm": "rms_norm", "pos_embed_max_size": 384, "dual_attention_layers": list(range(13))},
-    ),
-    "sd3.5-large": Known(
-        "stabilityai/stable-diffusion-3.5-large",
-        "StableDiffusion3Pipeline",
-        28,
-        {"qk_norm": "rms_norm", "num_layers": 38, "num_attention_heads": 38},
-    ),
-    "flux-dev": Known("black-forest-labs/FLUX.1-dev", "FluxPipeline", 28, {"guidance_embeds": True}),
-    "sana-0.6b": Known(
-        "Efficient-Large-Model/Sana_600M_512px_diffusers", "SanaPipeline", 20, {**SANA_SMALL, "sample_size": 16}
-    ),
-    "sana-1.6b": Known("Efficient-Large-Model/Sana_1600M_512px_diffusers", "SanaPipeline", 20, {"sample_size": 16}),
+    "sd3-medium": Known("stabilityai/stable-diffusion-3-medium-diffusers", SD3, 28, {}),
+    "sd3.5-medium": Known("stabilityai/stable-diffusion-3.5-medium", SD3, 40, SD35_MEDIUM),
+    "sd3.5-large": Known("stabilityai/stable-diffusion-3.5-large", SD3, 28, SD35_LARGE),
+    "flux-dev": Known("black-forest-labs/FLUX.1-dev", FLUX1, 28, {"guidance_embeds": True}),
+    "sana-0.6b": Known("Efficient-Large-Model/Sana_600M_512px_diffusers", SANA, 20, SMALL | {"sample_size": 16}),
+    "sana-1.6b": Known("Efficient-Large-Model/Sana_1600M_512px_diffusers", SANA, 20, {"sample_size": 16}),
     "sana-sprint-0.6b": Known(
-        "Efficient-Large-Model/Sana_Sprint_0.6B_1024px_teacher_diffusers", "SanaPipeline", 20, SANA_SMALL | SPRINT
+        "Efficient-Large-Model/Sana_Sprint_0.6B_1024px_teacher_diffusers", SANA, 20, SMALL | SPRINT
     ),
-    "sana-sprint-1.6b": Known(
-        "Efficient-Large-Model/SANA_Sprint_1.6B_1024px_teacher_diffusers", "SanaPipeline", 20, SPRINT
-    ),
+    "sana-sprint-1.6b": Known("Efficient-Large-Model/SANA_Sprint_1.6B_1024px_teacher_diffusers", SANA, 20, SPRINT),
 }
 
 
 class Family(NamedTuple):
-    """What the teachers of one pipeline class have in common. conditions: shapes of one prompt's condition."""
+    """What the teachers of one pipeline class have in common."""
 
-    kind: str  # "sd3", "flux", "sana"
+    kind: str
     backbone: type[nn.Module]
-    backbone_class: str  # the name that config.json gives it
+    backbone_class: str  # its name in config.json
     autoencoder: type[nn.Module]
-    latent: dict  # scaling_factor and shift_factor: latents are (z - shift) * scale
+    latent: dict  # latents are (z - shift) * scale
     scheduler: dict
-    conditions: dict
+    conditions: dict  # shapes of one prompt's
 
 
+# fmt: off
 EULER = {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0}
-SANA_FAMILY = Family(
-    "sana",
-    SanaDiT,
-    "SanaTransformer2DModel",
-    AutoencoderDC,
-    {"scaling_factor": 0.41407},
-    EULER,
-    {"text": (300, 2304), "mask": (300,)},
-)
 PIPELINES = {
-    "StableDiffusion3Pipeline": Family(
-        "sd3",
-        MMDiT,
-        "SD3Transformer2DModel",
-        AutoencoderKL,
-        {"scaling_factor": 1.5305, "shift_factor": 0.0609},
-        EULER,
-        {"text": (333, 4096), "pooled": (2048,)},
-    ),
-    "FluxPipeline": Family(
-        "flux",
-        FLUX,
-        "FluxTransformer2DModel",
-        AutoencoderKL,
-        {"scaling_factor": 0.3611, "shift_factor": 0.1159},
-        EULER | {"use_dynamic_shifting": True},
-        {"text": (512, 4096), "pooled": (768,)},
-    ),
-    "SanaPipeline": SANA_FAMILY,
-    "SanaSprintPipeline": SANA_FAMILY,
+    SD3: Family("sd3", MMDiT, "SD3Transformer2DModel", AutoencoderKL, {"scaling_factor": 1.5305, "shift_factor": 0.0609},
+                EULER, {"text": (333, 4096), "pooled": (2048,)}),
+    FLUX1: Family("flux", FLUX, "FluxTransformer2DModel", AutoencoderKL, {"scaling_factor": 0.3611, "shift_factor": 0.1159},
+                  EULER | {"use_dynamic_shifting": True}, {"text": (512, 4096), "pooled": (768,)}),
+    SANA: Family("sana", SanaDiT, "SanaTransformer2DModel", AutoencoderDC, {"scaling_factor": 0.41407},
+                 EULER, {"text": (300, 2304), "mask": (300,)}),
 }
+PIPELINES["SanaSprintPipeline"] = PIPELINES[SANA]
+# fmt: on
 
 
 def network_config(family: Family, network: dict) -> dict:
@@ -1730,14 +1699,8 @@ class Teacher:
     """
 
     def __init__(self, name: str, folder: Path | None, family: Family, dit: nn.Module, vae: nn.Module, scheduler: dict):
-        self.name, self.folder, self.family, self.dit, self.vae, self.scheduler = (
-            name,
-            folder,
-            family,
-            dit,
-            vae,
-            scheduler,
-        )
+        self.name, self.folder, self.family = name, folder, family
+        self.dit, self.vae, self.scheduler = dit, vae, scheduler
         self.scale = vae.config.get("scaling_factor", 1.0)
         self.shift = vae.config.get("shift_factor") or 0.0
         self.weights = next(dit.parameters())  # their dtype and device are everyone's
@@ -1817,11 +1780,22 @@ class Teacher:
         rng: torch.Generator | None = None,
     ) -> Tensor:
         """The teacher's own sampling, as its pipeline does it. z ~ N(0, I): [B, C, h, w] -> latents"""
-        times = self.times(steps or self.steps, tuple(self.vae.downscale * n for n in z.shape[-2:]))
-        if self.scheduler.get("_class_name") == "SCMScheduler":  # fresh noise between steps, as in few-step generation
-            with torch.no_grad():
-                return generate(self.dit, z, cond, times=times, rng=rng)
-        return sample_ode(self.dit, z, cond, uncond, times, guidance)
+        from tqdm import tqdm
+
+        steps = steps or self.steps
+        times = self.times(steps, tuple(self.vae.downscale * n for n in z.shape[-2:]))
+        with tqdm(total=steps, desc="teacher", unit="step", delay=2, leave=False) as bar:
+
+            def net(*inputs: object, **options: bool):
+                bar.update()
+                return self.dit(*inputs, **options)
+
+            if (
+                self.scheduler.get("_class_name") == "SCMScheduler"
+            ):  # fresh noise between steps, as in few-step generation
+                with torch.no_grad():
+                    return generate(net, z, cond, times=times, rng=rng)
+            return sample_ode(net, z, cond, uncond, times, guidance)
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
@@ -2116,7 +2090,7 @@ def draw_samples(file: Path, rows: dict[str, Tensor], prompts: list[str], title:
     """A grid: one row per name, one column per prompt. rows: images [B, 3, H, W] in [-1, 1]"""
     plt = pyplot()
     columns = len(prompts)
-    size = (2.6 * columns + 0.4, 2.6 * len(rows) + 0.9)
+    size = (2.6 * columns + 0.4, 2.6 * len(rows) + (0.8 if title else 0.4))
     figure, axes = plt.subplots(len(rows), columns, figsize=size, squeeze=False)
     for (name, images), line in zip(rows.items(), axes):
         for ax, pixels in zip(line, to_pixels(images)):
@@ -2147,7 +2121,7 @@ def draw_losses(file: Path, log: list[dict]) -> None:
     width = max(1, len(log) // 20)
     for ax, (name, label) in zip(axes, names.items()):
         y = np.array([row[name] for row in log])
-        logarithmic = name != "loss" and bool((y > 0).all())
+        logarithmic = name == "fisher" and bool((y > 0).all())
         smooth = np.convolve(np.log(y) if logarithmic else y, np.ones(width) / width, "valid")
         ax.plot(images, y, ".", ms=2, alpha=0.3, color="tab:blue")
         ax.plot(images[width - 1 :], np.exp(smooth) if logarithmic else smooth, color="tab:blue")
@@ -2291,7 +2265,7 @@ def sample(args: argparse.Namespace) -> None:
     shape = teacher.latent_shape(args.resolution)
     student = load_student(args.student, teacher) if args.student else None
     cond = teacher.encode_prompts(args.sample, args.tokens)
-    uncond = teacher.encode_prompts([""], args.tokens)
+    uncond = None if student else teacher.encode_prompts([""], args.tokens)
     teacher.forget_text()
     z = noise_for((len(args.sample), *shape), args.seed, args.device)
     rng = torch.Generator().manual_seed(args.seed + 1)
@@ -2333,9 +2307,9 @@ def train(args: argparse.Namespace) -> None:
         prompts = read_prompts(args.prompts) if args.prompts else compose(min(total, 2048), args.seed)
     make_folder(out)
     teacher = prepare(args)
-    steps, shape = args.steps or 4, (args.batch, *teacher.latent_shape(args.resolution))
-    student = load_student(args.student, teacher) if args.student else as_student(copy.deepcopy(teacher.dit))
-    fake = copy.deepcopy(teacher.dit)
+    steps = args.steps = args.steps or 4
+    shape = (args.batch, *teacher.latent_shape(args.resolution))
+    student = load_student(args.student, teacher) if args.student else None
 
     # Images and prompts go through their encoders once; among the prompts row 0 is the empty one.
     key = [*teacher.identity(), args.dtype]
@@ -2355,6 +2329,8 @@ def train(args: argparse.Namespace) -> None:
         [*key, args.tokens, teacher.instruction],
     )
     teacher.forget_text()
+    student = student or as_student(copy.deepcopy(teacher.dit))
+    fake = copy.deepcopy(teacher.dit)
 
     def on_device(rows: dict[str, Tensor]) -> dict[str, Tensor]:
         return {name: x.to(args.device, non_blocking=True) for name, x in rows.items()}
