@@ -257,15 +257,15 @@ def guided(
     """Classifier-free guidance, v = v_uncond + guidance (v_cond - v_uncond), in one batched call.
 
     Returns v and, with features=True, the pooled hidden states [B, channels] of the conditional half, which alone the
-    adversarial pair judges (else None). One unconditional row in uncond serves the whole batch. Raises ValueError for a
-    guidance other than 1 without both cond and uncond.
+    adversarial pair judges (else None). One unconditional row in uncond serves the whole batch; what uncond lacks (the
+    scale of a guidance embedding) it shares with cond. Raises ValueError for a guidance other than 1 without both.
     """
     plain = guidance == 1
     if not plain:
         if cond is None or uncond is None:
             raise ValueError(f"guidance {guidance} needs cond and uncond")
         x_t, t = torch.cat([x_t, x_t]), torch.cat([t, t])
-        cond = {key: torch.cat([cond[key], uncond[key].expand_as(cond[key])]) for key in cond}
+        cond = {key: torch.cat([x, uncond.get(key, x).expand_as(x)]) for key, x in cond.items()}
     v, hidden = net(x_t, t, cond, features=True) if features else (net(x_t, t, cond), None)
     if plain:
         return v, hidden
@@ -408,7 +408,10 @@ def sample_ode(
     times: Tensor | None = None,
     guidance: float = 1.0,
 ) -> Tensor:
-    """The teacher's own sampling: Euler steps of dx/dt = v along descending times that end in 0. z: [B, ...] -> x_0"""
+    """The teacher's own sampling: Euler steps of dx/dt = v along descending times [K + 1] that end in 0.
+
+    z: [B, ...] -> x_0. uncond (one row may serve all) and guidance as in guided, which says what it raises.
+    """
     times = torch.linspace(1, 0, 29) if times is None else times
     x_t = z
     for t, t_next in zip(times[:-1].tolist(), times[1:].tolist()):
@@ -532,6 +535,11 @@ def distill(
 # linear attention are computed in float32 whatever the dtype of the weights.
 
 
+def widen(x: Tensor) -> Tensor:
+    """To float32, where latents, features and images live; what is wider stays."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 def sinusoidal(t: Tensor, dim: int = 256) -> Tensor:
     """cos and sin of t at dim / 2 frequencies from 1 down to 1e-4, in float32. [B] -> [B, dim]"""
     angles = t[:, None].float() * torch.exp(
@@ -582,7 +590,7 @@ class PatchEmbed(nn.Module):
             n, dim = self.max_size, self.pos_embed.shape[-1]
             omega = 10000.0 ** (-torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))
             angles = torch.arange(n, dtype=torch.float64)[:, None] * self.base_size / n * omega
-            one = torch.cat([angles.sin(), angles.cos()], dim=-1)  # [n, D / 2]
+            one = torch.cat([angles.sin(), angles.cos()], dim=-1).to(self.pos_embed)  # [n, D / 2]
             table = torch.cat([one[None].expand(n, -1, -1), one[:, None].expand(-1, n, -1)], dim=-1)
             self.pos_embed.copy_(table.reshape(1, n * n, dim))
 
@@ -768,7 +776,7 @@ class Backbone(nn.Module):
         """Output projection of the last hidden states (after the final norm), and their mean where features are asked.
         tokens: [B, N, D] -> v as x_t, hidden [B, D]"""
         v = unpatchify(self.proj_out(tokens), like.shape[-2] // self.patch_size, self.patch_size).to(like.dtype)
-        return (v, tokens.mean(1)) if features else v
+        return (v, widen(tokens).mean(1)) if features else v
 
 
 class MMDiT(Backbone):
@@ -873,7 +881,7 @@ class FLUX(Backbone):
         super().__init__()
         dim = num_attention_heads * attention_head_dim
         self.axes = tuple(axes_dims_rope)
-        self.guided = guidance_embeds
+        self.embeds_guidance = guidance_embeds
         self.x_embedder = nn.Linear(in_channels, dim)
         self.context_embedder = nn.Linear(joint_attention_dim, dim)
         self.time_text_embed = Conditioning(dim, pooled_projection_dim, guidance_embeds)
@@ -890,7 +898,9 @@ class FLUX(Backbone):
         dtype = self.proj_out.weight.dtype
         packed = F.pixel_unshuffle(x_t.to(dtype), 2)  # [B, 4 C, h / 2, w / 2]
         x, text = self.x_embedder(packed.flatten(2).transpose(1, 2)), self.context_embedder(cond["text"].to(dtype))
-        c = self.time_text_embed(1000 * t, 1000 * self.guidance_of(cond, t) if self.guided else None, cond["pooled"])
+        c = self.time_text_embed(
+            1000 * t, 1000 * self.guidance_of(cond, t) if self.embeds_guidance else None, cond["pooled"]
+        )
         rope = rope_table(*packed.shape[-2:], text.shape[1], self.axes, x.device)
         for block in self.transformer_blocks:
             x, text = block(x, text, c, rope)
@@ -900,7 +910,7 @@ class FLUX(Backbone):
         scale, shift = self.norm_out(c)
         x = modulate(x[:, text.shape[1] :], shift, scale)
         v = F.pixel_shuffle(self.proj_out(x).transpose(1, 2).unflatten(2, packed.shape[-2:]), 2).to(x_t.dtype)
-        return (v, x.mean(1)) if features else v
+        return (v, widen(x).mean(1)) if features else v
 
 
 class SanaAttention(nn.Module):
@@ -915,14 +925,14 @@ class SanaAttention(nn.Module):
         self.to_out = nn.ModuleList([nn.Linear(dim, dim)])
 
     def forward(self, x: Tensor, text: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
-        """x: [B, N, D], text: [B, L, D], mask: [B, L], true where there is text -> [B, N, D]"""
+        """x: [B, N, D], text: [B, L, D], mask: [B, 1, 1, L], true where there is text -> [B, N, D]"""
         source = x if text is None else text
         q, k, v = self.norm_q(self.to_q(x)), self.norm_k(self.to_k(source)), self.to_v(source)
         q, k, v = (y.unflatten(-1, (self.heads, -1)).transpose(1, 2) for y in (q, k, v))  # [B, H, N, d]
         if text is None:
             y = linear_attention(*(y.transpose(2, 3) for y in (q, k, v))).transpose(2, 3)
         else:
-            y = F.scaled_dot_product_attention(q, k, v, None if mask is None else mask[:, None, None].bool())
+            y = F.scaled_dot_product_attention(q, k, v, mask)
         return self.to_out[0](y.transpose(1, 2).flatten(2))
 
 
@@ -962,7 +972,7 @@ class SanaBlock(nn.Module):
         nn.init.normal_(self.scale_shift_table, std=self.scale_shift_table.shape[1] ** -0.5)
 
     def forward(self, x: Tensor, text: Tensor, mask: Tensor | None, c: Tensor, rows: int) -> Tensor:
-        """x: [B, N, D], text: [B, L, D], mask: [B, L], c: [B, 6, D] -> [B, N, D]"""
+        """x: [B, N, D], text: [B, L, D], mask: [B, 1, 1, L], c: [B, 6, D] -> [B, N, D]"""
         shift, scale, gate, shift_mlp, scale_mlp, gate_mlp = (self.scale_shift_table + c).chunk(6, dim=1)
         x = x + gate * self.attn1(modulate(x, shift, scale))
         x = x + self.attn2(x, text, mask)
@@ -1023,7 +1033,8 @@ class SanaDiT(Backbone):
     def forward(self, x_t: Tensor, t: Tensor, cond: dict, features: bool = False):
         dtype = self.proj_out.weight.dtype
         x = self.patch_embed(x_t.to(dtype))
-        text, mask = self.caption_norm(self.caption_projection(cond["text"].to(dtype))), cond.get("mask")
+        text = self.caption_norm(self.caption_projection(cond["text"].to(dtype)))
+        mask = cond["mask"][:, None, None].bool() if "mask" in cond else None
         if self.guidance_scale is None:
             c = self.time_embed.emb(self.time_scale * t, None, None)
         else:
@@ -1484,7 +1495,7 @@ class TextEncoders:
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-class Known(NamedTuple):
+class Published(NamedTuple):
     """A teacher of the paper: where it is published, the steps of its own sampler, its network where that differs from
     the constructor's defaults."""
 
@@ -1497,19 +1508,19 @@ class Known(NamedTuple):
 SD3, FLUX1, SANA = "StableDiffusion3Pipeline", "FluxPipeline", "SanaPipeline"
 SD35_MEDIUM = {"qk_norm": "rms_norm", "pos_embed_max_size": 384, "dual_attention_layers": list(range(13))}
 SD35_LARGE = {"qk_norm": "rms_norm", "num_layers": 38, "num_attention_heads": 38}
-SMALL = {"num_layers": 28, "num_attention_heads": 36, "num_cross_attention_heads": 16}
+SANA_06B = {"num_layers": 28, "num_attention_heads": 36, "num_cross_attention_heads": 16}
 SPRINT = {"qk_norm": "rms_norm_across_heads", "timestep_scale": 0.001, "sample_size": 32}
 NAMES = {
-    "sd3-medium": Known("stabilityai/stable-diffusion-3-medium-diffusers", SD3, 28, {}),
-    "sd3.5-medium": Known("stabilityai/stable-diffusion-3.5-medium", SD3, 40, SD35_MEDIUM),
-    "sd3.5-large": Known("stabilityai/stable-diffusion-3.5-large", SD3, 28, SD35_LARGE),
-    "flux-dev": Known("black-forest-labs/FLUX.1-dev", FLUX1, 28, {"guidance_embeds": True}),
-    "sana-0.6b": Known("Efficient-Large-Model/Sana_600M_512px_diffusers", SANA, 20, SMALL | {"sample_size": 16}),
-    "sana-1.6b": Known("Efficient-Large-Model/Sana_1600M_512px_diffusers", SANA, 20, {"sample_size": 16}),
-    "sana-sprint-0.6b": Known(
-        "Efficient-Large-Model/Sana_Sprint_0.6B_1024px_teacher_diffusers", SANA, 20, SMALL | SPRINT
+    "sd3-medium": Published("stabilityai/stable-diffusion-3-medium-diffusers", SD3, 28, {}),
+    "sd3.5-medium": Published("stabilityai/stable-diffusion-3.5-medium", SD3, 40, SD35_MEDIUM),
+    "sd3.5-large": Published("stabilityai/stable-diffusion-3.5-large", SD3, 28, SD35_LARGE),
+    "flux-dev": Published("black-forest-labs/FLUX.1-dev", FLUX1, 28, {"guidance_embeds": True}),
+    "sana-0.6b": Published("Efficient-Large-Model/Sana_600M_512px_diffusers", SANA, 20, SANA_06B | {"sample_size": 16}),
+    "sana-1.6b": Published("Efficient-Large-Model/Sana_1600M_512px_diffusers", SANA, 20, {"sample_size": 16}),
+    "sana-sprint-0.6b": Published(
+        "Efficient-Large-Model/Sana_Sprint_0.6B_1024px_teacher_diffusers", SANA, 20, SANA_06B | SPRINT
     ),
-    "sana-sprint-1.6b": Known("Efficient-Large-Model/SANA_Sprint_1.6B_1024px_teacher_diffusers", SANA, 20, SPRINT),
+    "sana-sprint-1.6b": Published("Efficient-Large-Model/SANA_Sprint_1.6B_1024px_teacher_diffusers", SANA, 20, SPRINT),
 }
 
 
@@ -1558,21 +1569,23 @@ def build(kind: type[nn.Module], config: dict) -> nn.Module:
         if config.get(key, value) != value:
             raise BadInput(f"{kind.__name__} knows {key} = {value!r} only, and the configuration has {config[key]!r}")
     accepted = inspect.signature(kind).parameters
-    net = kind(**{key: config[key] for key in accepted if config.get(key) is not None})
+    try:
+        net = kind(**{key: config[key] for key in accepted if config.get(key) is not None})
+    except (TypeError, ValueError) as error:
+        raise BadInput(f"{kind.__name__} can't be built from its configuration: {error}") from None
     net.config = config
     return net
 
 
-def load_part(kind: type[nn.Module], folder: Path, device: str, dtype: torch.dtype, **override) -> nn.Module:
-    """A network with the weights of its folder. Names and shapes are compared before a byte of them is read, and the
-    network takes each tensor as it comes, so that memory holds the weights once. Raises BadInput."""
+def open_part(kind: type[nn.Module], folder: Path, **override) -> tuple[nn.Module, dict[str, Path]]:
+    """A network without its weights (on the meta device), and which file holds each tensor. Names and shapes have been
+    compared, and no weight has been read. Raises BadInput."""
     from safetensors import SafetensorError, safe_open
 
-    config = read_json(folder / "config.json") | override
     with torch.device("meta"):
-        net = build(kind, config)
+        net = build(kind, read_json(folder / "config.json") | override)
     expected = {key: tuple(value.shape) for key, value in net.state_dict().items()}
-    state, places, found = {}, {}, {}
+    places, found = {}, {}
     for path in weight_files(folder):
         try:
             with safe_open(path, "pt") as file:
@@ -1589,6 +1602,14 @@ def load_part(kind: type[nn.Module], folder: Path, device: str, dtype: torch.dty
     for key, shape in expected.items():
         if found[key] != shape:
             raise BadInput(f"{folder}: {key} has shape {list(found[key])}, its config.json asks for {list(shape)}")
+    return net, places
+
+
+def fill_part(net: nn.Module, places: dict[str, Path], device: str, dtype: torch.dtype) -> nn.Module:
+    """open_part's network with its weights, frozen. Each tensor is taken as it comes: memory holds them once."""
+    from safetensors import safe_open
+
+    state = {}
     for path in dict.fromkeys(places.values()):
         with safe_open(path, "pt") as file:
             for key in (key for key, place in places.items() if place == path):
@@ -1659,7 +1680,7 @@ def fetch(repository: str, network_only: bool = False) -> Path:
         ) from None
     except (RepositoryNotFoundError, HFValidationError):
         raise BadInput(f"{repository} is not on the Hub, or is private: check its name, or set HF_TOKEN") from None
-    except (OSError, *HfHubHTTPError.__bases__) as error:  # no network, as told by the HTTP library beneath, or no disk
+    except (OSError, *HfHubHTTPError.__bases__) as error:  # no disk; no network, as requests or httpx tells it
         if isinstance(error, OSError) and error.errno == errno.ENOSPC:
             raise BadInput(f"{repository}: the disk is full; make room, or set HF_HOME to another disk") from None
         if getattr(getattr(error, "response", None), "status_code", None) in (401, 403):
@@ -1668,7 +1689,7 @@ def fetch(repository: str, network_only: bool = False) -> Path:
             ) from None
         for name in ("model_index.json", "transformer/config.json", "config.json"):
             if cached(name) and all(map(cached, names or [])):
-                return Path(cached(name).removesuffix(name))
+                return Path(cached(name)).parents[name.count("/")]
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise BadInput(f"{repository} is not in the cache and the Hub can't be reached ({reason}): go online") from None
 
@@ -1683,11 +1704,6 @@ def resolve(name_or_path: str | Path, network_only: bool = False) -> Path:
     if re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not name.startswith("."):
         return fetch(name, network_only)
     raise BadInput(f"{name} is no folder and no name that is known here: {', '.join(NAMES)}")
-
-
-def widen(x: Tensor) -> Tensor:
-    """To float32, where latents and images live; what is wider stays."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 class Teacher:
@@ -1747,28 +1763,27 @@ class Teacher:
 
         With r(t) = s t / (1 + (s - 1) t): SD3 and SANA (s = 3) put linspace(1, r(1 / 1000), steps) through r; FLUX puts
         linspace(1, 1 / steps, steps) through r with s = e^mu, mu linear in the number of tokens. A consistency scheduler
-        (SANA-Sprint's students) divides the TrigFlow quarter circle, mapped here at equal SNR. -> [steps + 1]
+        (SANA-Sprint's students) divides the TrigFlow quarter circle, mapped here at equal SNR. For SANA these are the
+        Euler scheduler's; its pipeline comes with DPM-Solver++, which walks nearly the same. -> [steps + 1]
         """
-        config, end = self.scheduler, torch.zeros(1, dtype=torch.float64)
+        config, s = self.scheduler, self.scheduler.get("shift", self.scheduler.get("flow_shift", 1.0))
         if config.get("_class_name") == "SCMScheduler":
             u = torch.linspace(1.5708, 0, steps + 1, dtype=torch.float64)
             if steps == 2:
                 u[1] = 1.3
             return time_at(u.cos(), u.sin(), "rf").float()
 
-        def r(t: Tensor | float, s: float) -> Tensor | float:
+        def r(t: Tensor | float) -> Tensor | float:
             return s * t / (1 + (s - 1) * t)
 
         if config.get("use_dynamic_shifting"):
             _, h, w = self.latent_shape(resolution)
             low, high = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
-            shifts = config.get("base_shift", 0.5), config.get("max_shift", 1.15)
-            mu = shifts[0] + (shifts[1] - shifts[0]) * (h * w / 4 - low) / (high - low)
-            t = r(torch.linspace(1, 1 / steps, steps, dtype=torch.float64), math.exp(mu))
-        else:
-            s = config.get("shift", config.get("flow_shift", 1.0))
-            t = r(torch.linspace(1, r(1 / 1000, s), steps, dtype=torch.float64), s)
-        return torch.cat([t, end]).float()
+            least, most = config.get("base_shift", 0.5), config.get("max_shift", 1.15)
+            s = math.exp(least + (most - least) * (h * w / 4 - low) / (high - low))
+        last = 1 / steps if self.family.kind == "flux" else r(1 / 1000)
+        t = r(torch.linspace(1, last, steps, dtype=torch.float64))
+        return torch.cat([t, torch.zeros(1, dtype=torch.float64)]).float()
 
     def sample(
         self,
@@ -1843,8 +1858,9 @@ def locate(name_or_path: str | Path) -> tuple[Path, Family, dict]:
     for part in (key for key, entry in index.items() if isinstance(entry, list) and entry[0]):
         if PARTS.match(f"{part}/x.json") and not (folder / part).is_dir():
             raise BadInput(f"{folder} lacks {part}, which its model_index.json names: download it again")
-    # Sprint's pipeline feeds its network t itself, whatever the configuration says of 1000 t.
-    return folder, PIPELINES[pipeline], {"timestep_scale": 0.001} if pipeline == "SanaSprintPipeline" else {}
+    # Sprint's pipeline feeds its network t itself, whatever the configuration says; so do we feed the teachers of Sprint.
+    sprint = pipeline == "SanaSprintPipeline" or str(name_or_path).startswith("sana-sprint-")
+    return folder, PIPELINES[pipeline], {"timestep_scale": 0.001} if sprint else {}
 
 
 def count_weights(name_or_path: str) -> int:
@@ -1868,7 +1884,7 @@ def load_teacher(
     """A teacher by name (a key of NAMES), from a folder in the diffusers layout, or from a Hub repository.
 
     random_weights builds a named teacher at its true size without any download: random weights, random conditions.
-    Raises BadInput for whatever does not fit, before weights are read.
+    Raises BadInput for whatever of the network or the autoencoder does not fit, before weights are read.
     """
     name = str(name_or_path)
     if random_weights:
@@ -1880,9 +1896,9 @@ def load_teacher(
         return Teacher(name, None, family, dit, vae, family.scheduler)
     folder, family, override = locate(name_or_path)
     scheduler = read_json(folder / "scheduler" / "scheduler_config.json")
-    dit = load_part(family.backbone, folder / "transformer", device, dtype, **override)
-    vae = load_part(family.autoencoder, folder / "vae", device, dtype)
-    return Teacher(name, folder, family, dit, vae, scheduler)
+    dit = open_part(family.backbone, folder / "transformer", **override)
+    vae = open_part(family.autoencoder, folder / "vae")
+    return Teacher(name, folder, family, *(fill_part(*part, device, dtype) for part in (dit, vae)), scheduler)
 
 
 def save_student(net: nn.Module, teacher: Teacher, folder: str | Path) -> None:
@@ -1895,7 +1911,7 @@ def save_student(net: nn.Module, teacher: Teacher, folder: str | Path) -> None:
     new.mkdir(parents=True)
     weights = {key: value.detach().contiguous() for key, value in net.state_dict().items()}
     save_file(weights, new / "diffusion_pytorch_model.safetensors", metadata={"format": "pt"})
-    (new / "config.json").write_text(json.dumps(teacher.dit.config, indent=2) + "\n", encoding="utf-8")
+    (new / "config.json").write_text(json.dumps(net.config, indent=2) + "\n", encoding="utf-8")
     shutil.rmtree(old, ignore_errors=True)
     if folder.exists():
         folder.rename(old)
@@ -1917,9 +1933,9 @@ def load_student(folder_or_hub_id: str | Path, teacher: Teacher) -> nn.Module:
     config, expected = read_json(folder / "config.json"), teacher.dit.config
     if config.get("_class_name") != expected["_class_name"]:
         raise BadInput(f"{folder} is a {config.get('_class_name')}, and {teacher.name} a {expected['_class_name']}")
-    override = {key: expected[key] for key in ("timestep_scale",) if key in expected}
-    kind = teacher.family.backbone
-    return as_student(load_part(kind, folder, teacher.weights.device, teacher.weights.dtype, **override))
+    override = {"timestep_scale": expected["timestep_scale"]} if "timestep_scale" in expected else {}
+    part = open_part(teacher.family.backbone, folder, **override)
+    return as_student(fill_part(*part, teacher.weights.device, teacher.weights.dtype))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1939,10 +1955,10 @@ GRAMMAR = {  # what prompts are made of where no file is given: {name} stands fo
     "material": "glass|wood|wool|paper|marble|copper|ice|leaves",
     "place": "in a forest|on a beach|in a busy street|on a kitchen table|under water|on the moon|in a library|in the snow",
     "light": "at sunrise|at night under neon lights|in soft studio light|in heavy fog|by candlelight|at noon",
-    "style": "a watercolour|an oil painting|a photograph, 35mm|a pencil drawing|a 3D rendering|a woodcut|a pixel-art picture",
+    "style": "a watercolour|an oil painting|a 35mm photograph|a pencil drawing|a 3D rendering|a woodcut|a pixel-art picture",
     "word": "OPEN|HELLO|NORTH|TEA|FLOW|DREAM|NOISE|TIME",
 }
-SHARD = 64  # prompts in one file of the cache
+BATCH = 8  # prompts or images that go through an encoder together
 
 
 def compose(count: int, seed: int) -> list[str]:
@@ -1952,7 +1968,7 @@ def compose(count: int, seed: int) -> list[str]:
     def expand(name: str) -> str:
         return re.sub(r"{(\w+)}", lambda match: expand(match[1]), rng.choice(GRAMMAR[name].split("|")))
 
-    return [expand("prompt") for _ in range(count)]
+    return [re.sub(r"\b([Aa]) (?=[aeiou])", r"\1n ", expand("prompt")) for _ in range(count)]
 
 
 def read_prompts(file: Path) -> list[str]:
@@ -2011,10 +2027,10 @@ def read_image(path: Path, resolution: int) -> Tensor:
 
 
 class Cache:
-    """Tensors of many items on disk, computed once: shards of SHARD items, memory-mapped safetensors. cache[indices] is
-    a batch. The folder's name is a digest of what the tensors depend on, so a changed list is another cache.
+    """What encoders make of each item, computed once and kept on disk: cache[indices] is a batch.
 
-    Each shard is written beside and renamed, so that a killed run goes on where it was. Raises BadInput if the disk
+    One memory-mapped safetensors file an item, named by a digest of the item and of `key`, which is all else that its
+    tensors depend on; written beside and renamed, so that a killed run goes on where it was. Raises BadInput if the disk
     can't hold them, before anything is written.
     """
 
@@ -2022,43 +2038,37 @@ class Cache:
         from safetensors.torch import save_file
         from tqdm import tqdm
 
-        digest = hashlib.sha256(json.dumps([key, [str(item) for item in items]]).encode()).hexdigest()[:16]
-        self.folder = folder / f"{what}-{digest}"
-        missing = [i for i in range(0, len(items), SHARD) if not self.shard(i).exists()]
-        total = sum(len(items[i : i + SHARD]) for i in missing)
-        with tqdm(total=total, unit=what.rstrip("s"), desc=f"encoding {what}", disable=not missing) as bar:
-            for n, i in enumerate(missing):
-                part = items[i : i + SHARD]
-                batches = [encode(part[j : j + 8]) for j in range(0, len(part), 8)]
-                rows = {name: torch.cat([batch[name] for batch in batches]).cpu().contiguous() for name in batches[0]}
-                if n == 0:
-                    self.make_room(sum(x.nbytes for x in rows.values()) // len(part) * total, what)
-                write(self.shard(i), lambda file, rows=rows: save_file(rows, file))
-                bar.update(len(part))
-
-    def make_room(self, needed: int, what: str) -> None:
-        run = self.folder.parent
-        run.mkdir(parents=True, exist_ok=True)
-        free = shutil.disk_usage(run).free
-        if needed > free:
-            raise BadInput(
-                f"the {what} take {needed / 1e9:.1f} GB in {run}, where {free / 1e9:.1f} GB are free: "
-                "make room, give fewer, or choose another --out"
-            )
-        self.folder.mkdir(exist_ok=True)
-
-    def shard(self, index: int) -> Path:
-        return self.folder / f"{index // SHARD:05d}.safetensors"
+        names = (hashlib.sha256(json.dumps([key, str(item)]).encode()).hexdigest()[:24] for item in items)
+        self.files = [folder / what / f"{name}.safetensors" for name in names]
+        missing = [*{file: item for file, item in zip(self.files, items) if not file.exists()}.items()]
+        with tqdm(total=len(missing), unit=what.rstrip("s"), desc=f"encoding {what}", disable=not missing) as bar:
+            for i in range(0, len(missing), BATCH):
+                files, some = zip(*missing[i : i + BATCH])
+                rows = {name: x.cpu() for name, x in encode([*some]).items()}
+                if i == 0:
+                    make_room(folder / what, sum(x[0].nbytes for x in rows.values()) * len(missing))
+                for j, file in enumerate(files):
+                    row = {name: x[j : j + 1].clone(memory_format=torch.contiguous_format) for name, x in rows.items()}
+                    write(file, partial(save_file, row))
+                bar.update(len(files))
 
     def __getitem__(self, indices: list[int]) -> dict[str, Tensor]:
-        from safetensors import safe_open
+        from safetensors.torch import load_file
 
-        rows = []
-        for i in indices:
-            with safe_open(self.shard(i), "pt") as file:
-                j = i % SHARD
-                rows.append({name: file.get_slice(name)[j : j + 1] for name in file.keys()})  # noqa: SIM118
+        rows = [load_file(self.files[i]) for i in indices]
         return {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
+
+
+def make_room(folder: Path, needed: int) -> None:
+    """Raises BadInput unless `needed` bytes fit into the folder, which it makes."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(folder.parent).free
+    if needed > free:
+        raise BadInput(
+            f"{folder} needs {needed / 1e9:.1f} GB and {free / 1e9:.1f} GB are free: "
+            "make room, give fewer prompts or images, or choose another --out"
+        )
+    folder.mkdir(exist_ok=True)
 
 
 def write(file: Path, content: Callable[[Path], object]) -> None:
@@ -2106,7 +2116,7 @@ def draw_samples(file: Path, rows: dict[str, Tensor], prompts: list[str], title:
 
 
 def draw_losses(file: Path, log: list[dict]) -> None:
-    """The run's measurements against the images seen: dots, and their running geometric or arithmetic means."""
+    """The run's measurements against the images seen, and their running means."""
     import numpy as np
 
     plt = pyplot()
@@ -2118,15 +2128,13 @@ def draw_losses(file: Path, log: list[dict]) -> None:
     names |= {"discriminator": "discriminator", "adversarial": "adversarial"} if "adversarial" in log[0] else {}
     images = np.array([row["images"] for row in log])
     figure, axes = plt.subplots(1, len(names), figsize=(3.6 * len(names), 3))
-    width = max(1, len(log) // 20)
+    width = max(1, len(log) // 20)  # of the running mean
     for ax, (name, label) in zip(axes, names.items()):
         y = np.array([row[name] for row in log])
-        logarithmic = name == "fisher" and bool((y > 0).all())
-        smooth = np.convolve(np.log(y) if logarithmic else y, np.ones(width) / width, "valid")
         ax.plot(images, y, ".", ms=2, alpha=0.3, color="tab:blue")
-        ax.plot(images[width - 1 :], np.exp(smooth) if logarithmic else smooth, color="tab:blue")
-        ax.set(xlabel="images seen", title=label, yscale="log" if logarithmic else "linear")
-        ax.title.set_fontsize(9)
+        ax.plot(images[width - 1 :], np.convolve(y, np.ones(width) / width, "valid"), color="tab:blue")
+        ax.set(xlabel="images seen", yscale="log" if name == "fisher" and (y > 0).any() else "linear")
+        ax.set_title(label, fontsize=9)
     write(file, partial(figure.savefig, format="png"))
     plt.close(figure)
 
@@ -2137,30 +2145,20 @@ def fail(message: object, status: int = 2) -> NoReturn:
     raise SystemExit(status)
 
 
-def whole(low: int, high: int = 10**9) -> Callable[[str], int]:
-    """An argument that is a whole number from low to high."""
+def number(kind: type, low: float = -math.inf) -> Callable[[str], float]:
+    """An argument that is a finite number, `low` or more; whole if kind is int."""
 
-    def parse(text: str) -> int:
-        if not text.isdecimal() or not low <= int(text) <= high:
-            raise argparse.ArgumentTypeError(f"needs a whole number, {low} or more, not {text!r}")
-        return int(text)
+    def parse(text: str) -> float:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not (math.isfinite(value) and value >= low):
+            least = f", {low:g} or more" if math.isfinite(low) else ""
+            raise argparse.ArgumentTypeError(f"needs a {'whole ' * (kind is int)}number{least}, not {text!r}")
+        return value
 
     return parse
-
-
-def finite(text: str) -> float:
-    try:
-        if math.isfinite(float(text)):
-            return float(text)
-    except ValueError:
-        pass
-    raise argparse.ArgumentTypeError(f"needs a number, not {text!r}")
-
-
-def positive(text: str) -> float:
-    if finite(text) <= 0:
-        raise argparse.ArgumentTypeError(f"needs a number above 0, not {text!r}")
-    return float(text)
 
 
 def make_folder(folder: Path) -> None:
@@ -2183,31 +2181,37 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         "--teacher", required=True, metavar="NAME", help="a name (below), a folder in the diffusers layout, or a Hub id"
     )
     add("--student", metavar="FOLDER", help="a student's folder or Hub id: to sample from, or to start training from")
-    add("--steps", type=whole(1), help="K of the student (4); with --sample alone, the teacher's own number")
-    add("--resolution", type=whole(1), help="pixels a side (what the teacher was trained at)")
+    add("--steps", type=number(int, 1), help="K of the student (4); with --sample alone, the teacher's own number")
+    add("--resolution", type=number(int, 1), help="pixels a side (what the teacher was trained at)")
     add(
-        "--guidance", type=finite, help="classifier-free guidance (4.5; 1, which is none, if it has an embedding of it)"
+        "--guidance",
+        type=number(float),
+        help="classifier-free, of teacher and fake network (4.5; with an embedding of it 1: none)",
     )
-    add("--seed", type=whole(0), default=0, help="fixes everything (%(default)s)")
+    add("--seed", type=number(int, 0), default=0, help="of prompts, their order and all noise (%(default)s)")
     add("--out", type=Path, help="the run's folder (runs/NAME, runs/NAME-data); with --sample, a picture's name")
     add("--device", choices=("cuda", "mps", "cpu"), help="(the first of these that is there)")
     add("--dtype", choices=("bf16", "fp32"), help="of weights and activations (bf16 on cuda, else fp32)")
     add("--random-weights", action="store_true", help="the named teacher at its true size, without a download")
     add("--instruction", type=Path, metavar="FILE", help="SANA: the text that stands before every prompt")
-    add("--tokens", type=whole(1), help="of T5 or Gemma (the pipeline's: 256, 512, 300; the authors train SD3 with 77)")
+    add(
+        "--tokens",
+        type=number(int, 1),
+        help="of T5 or Gemma (the pipeline's: 256, 512, 300; the authors train SD3 with 77)",
+    )
 
     training = parser.add_argument_group("distillation")
     add = training.add_argument
     add("--prompts", type=Path, metavar="FILE", help="one prompt a line (composed from a small grammar)")
     add("--data", type=Path, metavar="FOLDER", help="images with captions: adds the adversarial term")
-    add("--iters", type=whole(1), default=2000, help="(%(default)s)")
-    add("--batch", type=whole(1), default=4, help="(%(default)s; the authors' is 256)")
-    add("--lr", type=positive, help="(bf16: 1e-5, SANA 5e-6; fp32: 1e-6)")
+    add("--iters", type=number(int, 1), default=2000, help="(%(default)s)")
+    add("--batch", type=number(int, 1), default=4, help="(%(default)s; the authors' is 256)")
+    add("--lr", type=number(float, 1e-12), help="(bf16 1e-5, fp32 1e-6; SANA 5e-6)")
     add("--loss", choices=LOSSES, default="sid", help="of the generator (%(default)s)")
-    add("--alpha", type=finite, default=1.0, help="of the SiD loss (%(default)s)")
+    add("--alpha", type=number(float), default=1.0, help="of the SiD loss (%(default)s)")
     add("--weight", choices=WEIGHTS, default="1-t", help="w(t) of the generator's loss (%(default)s)")
     add("--noise", choices=NOISES, default="fresh", help="between the student's steps (%(default)s)")
-    add("--save-every", type=whole(1), default=250, help="iterations between pictures and students (%(default)s)")
+    add("--save-every", type=number(int, 1), default=250, help="iterations between pictures and students (%(default)s)")
 
     sampling = parser.add_argument_group("sampling")
     sampling.add_argument("--sample", action="append", metavar="PROMPT", help="draw this; repeat for more")
@@ -2237,12 +2241,12 @@ def say_what_a_cpu_needs(args: argparse.Namespace, dtype: torch.dtype) -> None:
     """A billion weights without a GPU: what it takes, before it starts. Raises BadInput where memory can't hold it."""
     weights = count_weights(args.teacher)
     # Distillation holds three networks, and for two of them a gradient and Adam's two moments.
-    needed = weights * dtype.itemsize * (1 if args.sample else 9)
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    line = f"{args.teacher} has {weights / 1e9:.2f} billion weights: on this CPU in {args.dtype} that takes "
-    line += f"{needed / 1e9:.0f} GB of memory besides activations (this machine has {memory / 1e9:.0f} GB)"
+    needed = weights * dtype.itemsize * ((2 if args.student else 1) if args.sample else 9)
+    line = f"{args.teacher} has {weights / 1e9:.2f} billion weights: on this CPU in {args.dtype} they take "
+    line += f"{needed / 1e9:.0f} GB of memory, besides text encoders and activations"
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else math.inf
     if needed > memory:
-        raise BadInput(f"{line}: use a GPU, --dtype bf16 or a smaller teacher")
+        raise BadInput(f"{line}; this machine has {memory / 1e9:.0f} GB: use a GPU, --dtype bf16 or a smaller teacher")
     if weights > 1e9:
         print(f"{line}, and hours where a GPU takes minutes", file=sys.stderr)
 
@@ -2268,9 +2272,9 @@ def sample(args: argparse.Namespace) -> None:
     uncond = None if student else teacher.encode_prompts([""], args.tokens)
     teacher.forget_text()
     z = noise_for((len(args.sample), *shape), args.seed, args.device)
-    rng = torch.Generator().manual_seed(args.seed + 1)
     pictures = []
     for i in range(len(z)):
+        rng = torch.Generator().manual_seed(args.seed + 1)
         one = {key: value[i : i + 1] for key, value in cond.items()}
         if student is None:
             x = teacher.sample(z[i : i + 1], one, uncond, args.steps, args.guidance, rng)
@@ -2292,12 +2296,41 @@ def sample(args: argparse.Namespace) -> None:
         print(out)
 
 
+def encode_once(
+    args: argparse.Namespace, teacher: Teacher, folder: Path, prompts: list[str], images: list[Path]
+) -> tuple[Cache, Cache | None]:
+    """Conditions and latents on disk, row 0 of the conditions being the empty prompt's; no text encoder in memory."""
+    key = [*teacher.identity(), args.dtype]
+    pictures = None
+    if images:
+
+        def encode(files: list[tuple[Path, int]]) -> dict[str, Tensor]:
+            return {"x_0": teacher.encode(torch.stack([read_image(file, args.resolution) for file, _ in files]))}
+
+        pictures = Cache(
+            folder, "images", [(file, file.stat().st_mtime_ns) for file in images], encode, [*key, args.resolution]
+        )
+    with warnings.catch_warnings(record=True) as caught:
+        texts = Cache(
+            folder,
+            "prompts",
+            ["", *prompts],
+            lambda some: teacher.encode_prompts(some, args.tokens),
+            [*key, args.tokens, teacher.instruction],
+        )
+    teacher.forget_text()
+    if caught:  # not one warning for every few prompts
+        more = f" (and {len(caught) - 1} more such warnings)" if caught[1:] else ""
+        warnings.warn(f"{caught[0].message}{more}", stacklevel=2)
+    return texts, pictures
+
+
 def train(args: argparse.Namespace) -> None:
     """Distils the teacher into a student, and shows how it goes."""
     from tqdm import tqdm
 
     given, total = copy.copy(args), args.iters * args.batch
-    out = args.out or Path("runs") / (Path(args.teacher).name + ("-data" if args.data else ""))
+    out = args.out or Path("runs") / (Path(args.teacher).resolve().name + ("-data" if args.data else ""))
     if args.data and args.prompts:
         raise BadInput("--prompts and --data together: with --data the prompts are its captions")
     captions = read_captions(args.data) if args.data else {}
@@ -2311,29 +2344,12 @@ def train(args: argparse.Namespace) -> None:
     shape = (args.batch, *teacher.latent_shape(args.resolution))
     student = load_student(args.student, teacher) if args.student else None
 
-    # Images and prompts go through their encoders once; among the prompts row 0 is the empty one.
-    key = [*teacher.identity(), args.dtype]
-    if args.data:
-        pictures = Cache(
-            out / "cache",
-            "images",
-            list(captions),
-            lambda files: {"x_0": teacher.encode(torch.stack([read_image(file, args.resolution) for file in files]))},
-            [*key, args.resolution, *(file.stat().st_mtime_ns for file in captions)],
-        )
-    texts = Cache(
-        out / "cache",
-        "prompts",
-        ["", *prompts],
-        lambda some: teacher.encode_prompts(some, args.tokens),
-        [*key, args.tokens, teacher.instruction],
-    )
-    teacher.forget_text()
+    texts, pictures = encode_once(args, teacher, out / "cache", prompts, list(captions))
     student = student or as_student(copy.deepcopy(teacher.dit))
     fake = copy.deepcopy(teacher.dit)
 
     def on_device(rows: dict[str, Tensor]) -> dict[str, Tensor]:
-        return {name: x.to(args.device, non_blocking=True) for name, x in rows.items()}
+        return {name: x.to(args.device) for name, x in rows.items()}
 
     def batches() -> Iterator[tuple[dict, Tensor | None]]:
         order = torch.Generator().manual_seed(args.seed)
@@ -2342,34 +2358,26 @@ def train(args: argparse.Namespace) -> None:
             real = on_device(pictures[picks])["x_0"] if args.data else None
             yield on_device(texts[[1 + i for i in picks]]), real
 
-    # Adam as in the paper: against bf16's rounding a larger rate, and an eps that the gradients' scale of 100 reaches.
-    rate, eps = (5e-6 if teacher.family.kind == "sana" else 1e-5, 1e-4) if args.dtype == "bf16" else (1e-6, 1e-8)
-    optimizers = tuple(
-        torch.optim.Adam(
-            net.parameters(),
-            lr=rate if args.lr is None else args.lr,
-            betas=(0.0, 0.999),
-            eps=eps,
-            fused=args.device == "cuda",
-        )
-        for net in (student, fake)
-    )
+    # The authors' rates and eps for bf16 weights and for fp32 weights (SANA's, which they train in fp32, for both).
+    rate, eps = (1e-5, 1e-4) if args.dtype == "bf16" else (1e-6, 1e-8)
+    args.lr = args.lr or (5e-6 if teacher.family.kind == "sana" else rate)
+    settings = {"lr": args.lr, "betas": (0.0, 0.999), "eps": eps, "fused": args.device == "cuda"}
+    optimizers = tuple(torch.optim.Adam(net.parameters(), **settings) for net in (student, fake))
     uncond = on_device(texts[[0]])
     shown = prompts[:4]
     cond = on_device(texts[list(range(1, 1 + len(shown)))])
     z = noise_for((len(shown), *shape[1:]), args.seed, args.device)
-    everyone = {name: x.expand(len(shown), *x.shape[1:]) for name, x in uncond.items()}
-    rng = torch.Generator().manual_seed(args.seed)
-    theirs = teacher.decode(teacher.sample(z, cond, everyone, guidance=args.guidance, rng=rng))
+    picture_rng = torch.Generator().manual_seed(args.seed)
+    theirs = teacher.decode(teacher.sample(z, cond, uncond, guidance=args.guidance, rng=picture_rng))
     note = " (random weights)" if args.random_weights else ""
     log: list[dict] = []
     write(out / "args.json", lambda file: file.write_text(json.dumps(vars(args), indent=2, default=str) + "\n"))
     (out / "log.jsonl").write_text("")
 
     def checkpoint(images: int) -> None:
-        rng = torch.Generator().manual_seed(args.seed + 1)
+        picture_rng = torch.Generator().manual_seed(args.seed + 1)
         with torch.no_grad():
-            ours = teacher.decode(generate(student, z, cond, steps, args.noise, rng=rng))
+            ours = teacher.decode(generate(student, z, cond, steps, args.noise, rng=picture_rng))
         rows = {f"teacher, {teacher.steps} steps": theirs, f"student, {steps} step{'s' * (steps > 1)}": ours}
         file = out / f"samples-{images // args.batch:06d}.png"
         draw_samples(file, rows, shown, f"{Path(args.teacher).name}{note}, the student after {images:,} images")
@@ -2419,6 +2427,10 @@ def main(argv: list[str] | None = None) -> None:
         fail(error)
     except torch.cuda.OutOfMemoryError:
         fail("the GPU's memory is full: try a smaller --batch, --resolution or --tokens", status=1)
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        fail("the disk is full: what was saved before is whole", status=1)
     except KeyboardInterrupt:
         fail("stopped: what was saved before is whole", status=130)
 

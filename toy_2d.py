@@ -32,15 +32,14 @@ from sid_fm import (
     convert,
     draw_times,
     fail,
-    finite,
     flow_matching_loss,
     generate,
     make_folder,
     match_dims,
+    number,
     path_terms,
     pyplot,
     sid_loss,
-    whole,
     write,
 )
 
@@ -662,11 +661,11 @@ def check_all(seed: int) -> bool:
     """Print every claim with its error, its tolerance and where that comes from; True if all hold."""
     print("The derivation, claim by claim (float64): error against tolerance, and where the tolerance comes from\n")
     start, verdicts = time.perf_counter(), []
-    for number, check in enumerate(CHECKS, 1):
+    for n, check in enumerate(CHECKS, 1):
         for result in run_check(check, seed):
             claim, error, tolerance, source, beyond = result
             verdict = "ok    " if result.ok else "FAILED"
-            print(f"{number:2}  {claim:84} {error:7.2g} {'> ' if beyond else '<='} {tolerance:7.2g} {verdict} {source}")
+            print(f"{n:2}  {claim:84} {error:7.2g} {'> ' if beyond else '<='} {tolerance:7.2g} {verdict} {source}")
             verdicts.append(result.ok)
     print(f"\n{sum(verdicts)} of {len(verdicts)} hold ({time.perf_counter() - start:.1f} s)\n")
     return all(verdicts)
@@ -1085,14 +1084,14 @@ def parse() -> argparse.Namespace:
     parser.error = fail
     add = parser.add_argument
     add("--mixture", choices=MIXTURES, default="ring", help="the data (%(default)s)")
-    add("--steps", type=whole(1), default=4, help="K of the few-step student (%(default)s)")
+    add("--steps", type=number(int, 1), default=4, help="K of the few-step student (%(default)s)")
     add("--loss", choices=sid_fm.LOSSES, default="sid", help="of the students; the other one is a row for comparison")
-    add("--alpha", type=finite, default=1.0, help="of the SiD loss (%(default)s)")
+    add("--alpha", type=number(float), default=1.0, help="of the SiD loss (%(default)s)")
     add("--weight", choices=sid_fm.WEIGHTS, default="1/t", help="w(t) of the generator's loss (%(default)s)")
     add("--noise", choices=sid_fm.NOISES, default="fresh", help="between the student's steps (%(default)s)")
     add("--path", choices=sid_fm.T_END, default="rf", help="on which the teacher is trained (%(default)s)")
-    add("--iters", type=whole(1), help="of distillation (2000; with --quick 300, with --sweep 1000)")
-    add("--seed", type=whole(0), default=0, help="fixes everything (%(default)s)")
+    add("--iters", type=number(int, 1), help="of distillation (2000; with --quick 300, with --sweep 1000)")
+    add("--seed", type=number(int, 0), default=0, help="fixes everything (%(default)s)")
     add("--out", type=Path, default=Path("runs/toy_2d"), help="folder of the figures (%(default)s)")
     add("--quick", action="store_true", help="a short run, 25 s")
     only = parser.add_mutually_exclusive_group()

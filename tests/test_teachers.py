@@ -454,7 +454,7 @@ def watch():
         time.sleep(0.005)
 thread = threading.Thread(target=watch)
 thread.start()
-net = sid_fm.load_part(sid_fm.MMDiT, sid_fm.Path(sys.argv[1]), "cpu", getattr(torch, sys.argv[2]))
+net = sid_fm.fill_part(*sid_fm.open_part(sid_fm.MMDiT, sid_fm.Path(sys.argv[1])), "cpu", getattr(torch, sys.argv[2]))
 done.set(), thread.join()
 print(max(peak[0], private()) - before)
 """

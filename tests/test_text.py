@@ -11,8 +11,8 @@ import pytest
 import torch
 import transformers
 from pipelines import FAMILIES
-
 from safetensors.torch import load_file, save_file
+
 from sid_fm import TEXT_LENGTH, BadInput, TextEncoders, find_instruction
 
 LONG = "a red fox in the snow, " * 60
