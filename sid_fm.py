@@ -1338,7 +1338,10 @@ def weight_files(folder: Path, stem: str = "diffusion_pytorch_model") -> list[Pa
     for variant in ("", ".bf16", ".fp16"):
         index = folder / f"{stem}.safetensors.index{variant}.json"
         if index.exists():
-            return [folder / name for name in sorted(set(read_json(index)["weight_map"].values()))]
+            names = set(read_json(index).get("weight_map", {}).values())
+            if not names:
+                raise BadInput(f"{index} names no files: download it again")
+            return [folder / name for name in sorted(names)]
         if (folder / f"{stem}{variant}.safetensors").exists():
             return [folder / f"{stem}{variant}.safetensors"]
     raise BadInput(f"{folder} holds no {stem}.safetensors: weights are read from safetensors only")
@@ -1703,7 +1706,7 @@ def resolve(name_or_path: str | Path, network_only: bool = False) -> Path:
         return fetch(NAMES[name].repository, network_only)
     if re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not name.startswith("."):
         return fetch(name, network_only)
-    raise BadInput(f"{name} is no folder and no name that is known here: {', '.join(NAMES)}")
+    raise BadInput(f"{name} is no folder, no repository on the Hub and none of the names {', '.join(NAMES)}")
 
 
 class Teacher:
@@ -2239,6 +2242,8 @@ def prepare(args: argparse.Namespace) -> Teacher:
 
 def say_what_a_cpu_needs(args: argparse.Namespace, dtype: torch.dtype) -> None:
     """A billion weights without a GPU: what it takes, before it starts. Raises BadInput where memory can't hold it."""
+    if args.teacher not in NAMES and not Path(args.teacher).is_dir():
+        return  # on the Hub, and nothing is known of it yet
     weights = count_weights(args.teacher)
     # Distillation holds three networks, and for two of them a gradient and Adam's two moments.
     needed = weights * dtype.itemsize * ((2 if args.student else 1) if args.sample else 9)
@@ -2262,8 +2267,8 @@ def sample(args: argparse.Namespace) -> None:
 
     out = args.out or Path("sample.png")
     out = out if out.suffix else out.with_suffix(".png")
-    if out.is_dir():
-        raise BadInput(f"--out {out} is a folder: with --sample it is a picture's name")
+    if out.is_dir() or out.suffix.lower() != ".png":
+        raise BadInput(f"--out {out}: with --sample it is the name of a picture, a .png")
     make_folder(out.parent)
     teacher = prepare(args)
     shape = teacher.latent_shape(args.resolution)
@@ -2378,6 +2383,8 @@ def train(args: argparse.Namespace) -> None:
         picture_rng = torch.Generator().manual_seed(args.seed + 1)
         with torch.no_grad():
             ours = teacher.decode(generate(student, z, cond, steps, args.noise, rng=picture_rng))
+        if not ours.isfinite().all():
+            fail(f"diverged after {images:,} images: try a smaller --lr; {out} has what was saved before", status=1)
         rows = {f"teacher, {teacher.steps} steps": theirs, f"student, {steps} step{'s' * (steps > 1)}": ours}
         file = out / f"samples-{images // args.batch:06d}.png"
         draw_samples(file, rows, shown, f"{Path(args.teacher).name}{note}, the student after {images:,} images")

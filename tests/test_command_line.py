@@ -141,6 +141,12 @@ def finished(pipeline, files, tmp_path_factory):
     return finished
 
 
+@pytest.fixture(scope="module")
+def student(finished):
+    """A trained SD3's folder."""
+    return finished("sd3-medium", "") / "student"
+
+
 DATA = dict.fromkeys(FAMILIES, "captions") | {"flux-dev": "metadata"}
 
 
@@ -164,15 +170,14 @@ def test_every_family_is_distilled_without_anything_else(pipeline, files, tmp_pa
     assert_whole(tmp_path / "run", pipeline(family), data=False)
 
 
-def test_a_student_trains_on(pipeline, finished, run, untrained, tmp_path):
+def test_a_student_trains_on(pipeline, student, run, untrained, tmp_path):
     """--student is where training starts; the fake network starts at the teacher."""
-    folder = finished("sd3-medium", "") / "student"
-    run(pipeline("sd3-medium"), "--student", folder, *SHORT, "--out", tmp_path / "run")
-    old, new = load_file(pipeline("sd3-medium") / "transformer" / WEIGHTS), load_file(folder / WEIGHTS)
-    teacher, student, fake, *_ = untrained[0]
-    for net, expected in ((teacher, old), (student, new), (fake, old)):
+    run(pipeline("sd3-medium"), "--student", student, *SHORT, "--out", tmp_path / "run")
+    old, new = load_file(pipeline("sd3-medium") / "transformer" / WEIGHTS), load_file(student / WEIGHTS)
+    nets = untrained[0][:3]  # teacher, student, fake
+    for net, expected in zip(nets, (old, new, old)):
         assert all(torch.equal(value, expected[key]) for key, value in net.state_dict().items())
-    assert len({next(net.parameters()).data_ptr() for net in (teacher, student, fake)}) == 3
+    assert len({next(net.parameters()).data_ptr() for net in nets}) == 3
 
 
 def test_flux_is_guided_by_its_embedding(pipeline, run, untrained, tmp_path):
@@ -264,17 +269,30 @@ def test_prompts_and_images_are_encoded_once(pipeline, files, run, untrained, mo
     assert torch.equal(batches[0][1], batches[1][1]) and torch.equal(batches[0][0]["text"], batches[1][0]["text"])
 
 
-@pytest.mark.parametrize("change", ["prompts", "tokens", "instruction", "teacher"])
+@pytest.mark.parametrize("change", ["prompts", "tokens", "instruction", "dtype", "teacher"])
 def test_what_conditions_depend_on_is_in_the_caches_key(pipeline, run, untrained, tmp_path, change):
     run(pipeline("sana"), *SHORT, "--out", tmp_path)
     first = times(tmp_path)
     (tmp_path / "other.txt").write_text("\n".join([*PROMPTS[:-1], "a city"]))
     teacher = shutil.copytree(pipeline("sana"), tmp_path / "teacher") if change == "teacher" else pipeline("sana")
-    flag = {"prompts": tmp_path / "other.txt", "tokens": 17, "instruction": tmp_path / "other.txt"}.get(change)
-    run(teacher, *SHORT, "--out", tmp_path, *([f"--{change}", flag] if flag else []))
+    other = {"prompts": tmp_path / "other.txt", "tokens": 17, "instruction": tmp_path / "other.txt", "dtype": "bf16"}
+    run(teacher, *SHORT, "--out", tmp_path, *([f"--{change}", other[change]] if change in other else []))
     then = times(tmp_path)
     assert then.items() >= first.items()
     assert len(then) - len(first) == (1 if change == "prompts" else len(first))
+
+
+@pytest.mark.parametrize("change", ["resolution", "image"])
+def test_what_latents_depend_on_is_in_the_caches_key(pipeline, files, run, untrained, tmp_path, change):
+    folder = shutil.copytree(files / "captions", tmp_path / "data")
+    run(pipeline("sana"), *SHORT, "--data", folder, "--out", tmp_path)
+    first = times(tmp_path)
+    if change == "image":
+        shutil.copyfile(folder / "1.png", folder / "0.png")
+        os.utime(folder / "0.png", (1, 1))
+    run(pipeline("sana"), *SHORT, "--data", folder, "--out", tmp_path, *["--resolution", 64] * (change == "resolution"))
+    then = times(tmp_path)
+    assert then.items() >= first.items() and len(then) - len(first) == (1 if change == "image" else 5)
 
 
 def test_a_killed_encoding_goes_on_where_it_was(pipeline, run, untrained, monkeypatch, tmp_path):
@@ -364,10 +382,10 @@ def pixels(file: Path) -> np.ndarray:
 
 
 @pytest.mark.parametrize("who", ["teacher", "student"])
-def test_several_prompts_make_a_grid_and_each_image(pipeline, finished, run, capsys, tmp_path, who):
-    student = ["--student", finished("sd3-medium", "") / "student"] if who == "student" else []
+def test_several_prompts_make_a_grid_and_each_image(pipeline, student, run, capsys, tmp_path, who):
+    flags = ["--student", student] if who == "student" else []
     prompts = [x for prompt in PROMPTS[:3] for x in ("--sample", prompt)]
-    run(pipeline("sd3-medium"), *prompts, *student, "--resolution", 48, "--steps", 3, "--out", tmp_path / "fox.png")
+    run(pipeline("sd3-medium"), *prompts, *flags, "--resolution", 48, "--steps", 3, "--out", tmp_path / "fox.png")
     names = ["fox-1.png", "fox-2.png", "fox-3.png", "fox.png"]
     assert sorted(file.name for file in tmp_path.iterdir()) == names
     images = [pixels(tmp_path / name) for name in names]
@@ -376,15 +394,15 @@ def test_several_prompts_make_a_grid_and_each_image(pipeline, finished, run, cap
     assert [Path(line).name for line in capsys.readouterr().out.splitlines()] == names
 
 
-def test_one_prompt_makes_one_image_that_the_seed_fixes(pipeline, finished, run, tmp_path):
+def test_one_prompt_makes_one_image_that_the_seed_fixes(pipeline, student, run, tmp_path):
     shared = (pipeline("sd3-medium"), "--sample", PROMPTS[0], "--steps", 2, "--resolution", 32)
-    student = ("--student", finished("sd3-medium", "") / "student")
-    for name, *arguments in [("a",), ("b",), ("seed", "--seed", 1), ("student", *student), ("again", *student)]:
+    flags = ("--student", student)
+    for name, *arguments in [("a",), ("b",), ("seed", "--seed", 1), ("student", *flags), ("again", *flags)]:
         run(*shared, *arguments, "--out", tmp_path / f"{name}.png")
-    a, b, seed, student, again = (pixels(tmp_path / f"{n}.png") for n in ("a", "b", "seed", "student", "again"))
+    a, b, seed, ours, again = (pixels(tmp_path / f"{n}.png") for n in ("a", "b", "seed", "student", "again"))
     assert len(list(tmp_path.iterdir())) == 5 and a.shape == (32, 32, 3)
-    assert np.array_equal(a, b) and np.array_equal(student, again)
-    assert not np.array_equal(a, seed) and not np.array_equal(a, student)
+    assert np.array_equal(a, b) and np.array_equal(ours, again)
+    assert not np.array_equal(a, seed) and not np.array_equal(a, ours)
 
 
 @pytest.mark.parametrize("family, size", [("flux-dev", 64), ("sana-sprint", 128)])
