@@ -1,7 +1,12 @@
 """Makes `pytest` find sid_fm.py and toy_2d.py, which stand beside this folder, and builds each tiny pipeline once."""
 
+import os
 import sys
 from pathlib import Path
+
+# Here and in the processes that tests start: on tensors this small, threads that wait for each other cost more than they
+# give, ten times more where the machine has other work.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 
