@@ -2149,14 +2149,15 @@ def fail(message: object, status: int = 2) -> NoReturn:
 
 
 def number(kind: type, low: float = -math.inf) -> Callable[[str], float]:
-    """An argument that is a number, `low` or more and below 1e15; whole if kind is int."""
+    """An argument that is a finite number, `low` or more; if kind is int, whole and of 63 bits, as a seed must be."""
+    most = 2**63 if kind is int else math.inf
 
     def parse(text: str) -> float:
         try:
             value = kind(text)
         except ValueError:
             value = math.nan
-        if not (low <= value and abs(value) < 1e15):  # which is false of nan; a seed must fit 64 bits
+        if not (low <= value and abs(value) < most):  # which is false of nan
             least = f", {low:g} or more" if math.isfinite(low) else ""
             raise argparse.ArgumentTypeError(f"needs a {'whole ' * (kind is int)}number{least}, not {text!r}")
         return value
