@@ -1808,9 +1808,8 @@ class Teacher:
                 bar.update()
                 return self.dit(*inputs, **options)
 
-            if (
-                self.scheduler.get("_class_name") == "SCMScheduler"
-            ):  # fresh noise between steps, as in few-step generation
+            if self.scheduler.get("_class_name") == "SCMScheduler":
+                # Fresh noise between steps, as in few-step generation.
                 with torch.no_grad():
                     return generate(net, z, cond, times=times, rng=rng)
             return sample_ode(net, z, cond, uncond, times, guidance)
@@ -2257,11 +2256,6 @@ def say_what_a_cpu_needs(args: argparse.Namespace, dtype: torch.dtype) -> None:
         print(f"{line}, and hours where a GPU takes minutes", file=sys.stderr)
 
 
-def noise_for(shape: tuple[int, ...], seed: int, device: str) -> Tensor:
-    """The same noise on every device."""
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(device)
-
-
 def sample(args: argparse.Namespace) -> None:
     """--sample: draws prompts with the teacher, or with a student."""
     from PIL import Image, ImageDraw
@@ -2277,7 +2271,8 @@ def sample(args: argparse.Namespace) -> None:
     cond = teacher.encode_prompts(args.sample, args.tokens)
     uncond = None if student else teacher.encode_prompts([""], args.tokens)
     teacher.forget_text()
-    z = noise_for((len(args.sample), *shape), args.seed, args.device)
+    like = torch.empty(len(args.sample), *shape, device=args.device)
+    z = noise_like(like, torch.Generator().manual_seed(args.seed))
     pictures = []
     for i in range(len(z)):
         rng = torch.Generator().manual_seed(args.seed + 1)
@@ -2372,8 +2367,8 @@ def train(args: argparse.Namespace) -> None:
     uncond = on_device(texts[[0]])
     shown = prompts[:4]
     cond = on_device(texts[list(range(1, 1 + len(shown)))])
-    z = noise_for((len(shown), *shape[1:]), args.seed, args.device)
     picture_rng = torch.Generator().manual_seed(args.seed)
+    z = noise_like(torch.empty(len(shown), *shape[1:], device=args.device), picture_rng)
     theirs = teacher.decode(teacher.sample(z, cond, uncond, guidance=args.guidance, rng=picture_rng))
     note = " (random weights)" if args.random_weights else ""
     log: list[dict] = []

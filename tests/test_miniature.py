@@ -77,12 +77,13 @@ def distance(x, y):
     return (2 * torch.cdist(x, y).mean() - within).item() / math.sqrt(x.shape[1])
 
 
-def test_the_student_is_closer_to_the_teacher_than_the_teacher_in_four_steps(tmp_path):
+def test_the_student_is_closer_to_the_teacher_than_the_teacher_in_four_steps(tmp_path, monkeypatch):
+    monkeypatch.setattr(sid_fm, "CLIP_LENGTH", 8)  # most of what attention would read is its padding, 77 tokens long
     data, prompts = Data(seed=0), tmp_path / "prompts.txt"
     train_teacher(tmp_path / "teacher", data, seed=0)
     prompts.write_text("\n".join(PROMPTS))
     command = f"--teacher {tmp_path / 'teacher'} --prompts {prompts} --tokens {TOKENS} --out {tmp_path / 'run'}"
-    command += " --device cpu --guidance 1 --iters 75 --batch 128 --lr 1e-3"
+    command += " --device cpu --guidance 1 --iters 200 --batch 128 --lr 5e-4"
     sid_fm.main(command.split())
 
     teacher = sid_fm.load_teacher(tmp_path / "teacher")
@@ -110,4 +111,4 @@ def test_the_student_is_closer_to_the_teacher_than_the_teacher_in_four_steps(tmp
     print(f"data {apart(truth):.4f}, other prompt's {apart(truth.flip(0)):.4f}; teacher again {again:.4f},", end=" ")
     print(f"in four steps {own:.4f} (Euler), {few:.4f} (as the student); student {distilled:.4f}")
     assert apart(truth) < apart(truth.flip(0)) / 3
-    assert distilled < min(own, few) / 2
+    assert distilled < min(own, few) / 2  # over eight seeds the ratio was 0.07 to 0.22
