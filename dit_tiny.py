@@ -1,0 +1,675 @@
+"""SiD on a small text-conditioned DiT: the paper's experiment on pictures that can be scored exactly.
+
+    python dit_tiny.py                train a teacher, distil it data-free and data-aided, print a table, draw figures
+    python dit_tiny.py --quick        the same, short: to see it work
+    python dit_tiny.py --arch sana    on SANA's network; --arch flux on FLUX's
+
+Networks, losses, loop and samplers are sid_fm's. Chapters: pictures and captions; reading pictures back; networks and
+latents; teacher and students; measuring; figures; the command line.
+"""
+
+import argparse
+import copy
+import json
+import math
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import sid_fm
+from sid_fm import add_noise, draw_times, fail, flow_matching_loss, generate, make_folder, noise_like, number
+from toy_2d import cosine, fit_decay, plural, workers, write_json
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Pictures and captions
+# ----------------------------------------------------------------------------------------------------------------------
+# One object ("red circle"), two alike ("two red circles"), or a pair of two colours in a relation ("red circle left of
+# blue square"). Sizes are whole pixels and positions lie on a grid, so that a picture can be read back without error.
+
+COLOURS = {"red": (0.84, 0.16, 0.16), "green": (0.13, 0.60, 0.30), "blue": (0.16, 0.35, 0.80)}
+PALETTE = torch.tensor([(0.96, 0.95, 0.92), *COLOURS.values()]) * 2 - 1  # the background, then the colours, in [-1, 1]
+SHAPES = ("circle", "square", "triangle")
+RELATIONS = ("left of", "above")  # along x, along y
+KINDS = torch.tensor([0.4, 0.2, 0.4])  # how often: one object, two alike, a pair
+
+SIZE = 24  # pixels a side
+RADII = (4, 5)  # half the side of an object's box
+STEP, PLACES = 2, 8  # centres are RADII[1] + STEP i pixels from the border, i < PLACES, along either axis
+GAP = 2  # least distance in pixels between two objects
+
+
+class Scenes(NamedTuple):
+    """n pictures, described. Of one object the second column means nothing."""
+
+    count: Tensor  # [n] 1 or 2
+    relation: Tensor  # [n] index of RELATIONS, or -1
+    colour: Tensor  # [n, 2] index of COLOURS
+    shape: Tensor  # [n, 2] index of SHAPES
+    radius: Tensor  # [n, 2] pixels
+    centre: Tensor  # [n, 2, 2] pixels: x, y
+
+
+def draw_scenes(n: int, rng: torch.Generator) -> Scenes:
+    """Colours, shapes, sizes and places independent and uniform, but for what a caption of two objects asks for."""
+
+    def draw(high: int, *shape: int) -> Tensor:
+        return torch.randint(high, shape, generator=rng)
+
+    kind = torch.multinomial(KINDS, n, replacement=True, generator=rng)
+    colour, shape, axis = draw(len(COLOURS), n, 2), draw(len(SHAPES), n, 2), draw(len(RELATIONS), n)
+    colour[:, 1] = (colour[:, 0] + torch.where(kind == 1, 0, 1 + draw(len(COLOURS) - 1, n))) % len(COLOURS)
+    shape[:, 1] = torch.where(kind == 1, shape[:, 0], shape[:, 1])
+    radius, place = RADII[0] + draw(2, n, 2), draw(PLACES, n, 2, 2)
+    # Two objects keep apart along one axis: the first place leaves room for the second.
+    apart = -((-radius.sum(1) - GAP) // STEP)
+    u = torch.rand(n, 2, generator=rng)
+    first = (u[:, 0] * (PLACES - apart)).long()
+    second = first + apart + (u[:, 1] * (PLACES - apart - first)).long()
+    rows, two = torch.arange(n), kind[:, None] > 0
+    place[rows, :, axis] = torch.where(two, torch.stack([first, second], 1), place[rows, :, axis])
+    relation = torch.where(kind == 2, axis, -1)
+    return Scenes(1 + (kind > 0).long(), relation, colour, shape, radius, RADII[1] + STEP * place)
+
+
+def captions(scenes: Scenes) -> list[str]:
+    names, texts = [*COLOURS], []
+    for count, relation, colour, shape in zip(*(scenes[i].tolist() for i in range(4))):
+        first, second = (f"{names[c]} {SHAPES[s]}" for c, s in zip(colour, shape))
+        pair = f"{first} {RELATIONS[relation]} {second}" if relation >= 0 else f"two {first}s"
+        texts.append(first if count == 1 else pair)
+    return texts
+
+
+def coverage(shape: Tensor, radius: Tensor, centre: Tensor) -> Tensor:
+    """How much of each pixel an object covers, by its signed distance. [n], [n], [n, 2] -> [n, SIZE, SIZE] in [0, 1]"""
+    grid = torch.arange(SIZE) + 0.5
+    x, y, r = (grid - centre[:, :1])[:, None, :], (grid - centre[:, 1:])[:, :, None], radius[:, None, None]
+    circle, square = torch.hypot(x, y) - r, torch.maximum(x.abs(), y.abs()) - r
+    triangle = torch.maximum(y - r, (2 * x.abs() - y - r) / 5**0.5)
+    distance = torch.stack([circle, square, triangle])[shape, torch.arange(len(shape))]
+    return (0.5 - distance).clamp(0, 1)
+
+
+def render(scenes: Scenes) -> Tensor:
+    """-> pictures [n, 3, SIZE, SIZE] in [-1, 1]"""
+    pictures = PALETTE[0][:, None, None].expand(len(scenes.count), 3, SIZE, SIZE)
+    for i in range(2):
+        cover = coverage(scenes.shape[:, i], scenes.radius[:, i], scenes.centre[:, i])
+        cover = (cover * (scenes.count > i)[:, None, None])[:, None]
+        pictures = pictures + cover * (PALETTE[1:][scenes.colour[:, i]][:, :, None, None] - pictures)
+    return pictures
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Reading pictures back
+# ----------------------------------------------------------------------------------------------------------------------
+
+LEAST_AREA = 8  # pixels; smaller specks are no objects
+LEAST_OVERLAP = 0.6  # intersection over union with the best template; below it an object's shape cannot be read
+UNREADABLE = len(SHAPES)
+
+
+class Found(NamedTuple):
+    """The objects of a batch of pictures, in one list."""
+
+    picture: Tensor  # [m] index of the picture
+    colour: Tensor  # [m] index of COLOURS
+    shape: Tensor  # [m] index of SHAPES, or UNREADABLE
+    box: Tensor  # [m, 4] x0, x1, y0, y1 in pixels
+
+
+def read_objects(pictures: Tensor) -> Found:
+    """Each pixel's nearest colour; connected pixels (of 8 neighbours) of one colour are an object; its bounding box
+    gives centre and radius, and of the shapes drawn there the one that overlaps most is read. No learned part.
+
+    pictures: [n, 3, SIZE, SIZE]
+    """
+    nearest = (pictures[:, None] - PALETTE[:, :, None, None]).square().sum(2).argmin(1)
+    masks = F.one_hot(nearest, len(PALETTE))[..., 1:].permute(0, 3, 1, 2).float()
+    label = masks * torch.arange(1, SIZE**2 + 1).view(SIZE, SIZE)
+    while not torch.equal(label, spread := F.max_pool2d(label, 3, 1, 1) * masks):
+        label = spread  # the largest label of an object floods it
+    picture, colour, y, x = label.nonzero(as_tuple=True)
+    key = (picture * len(COLOURS) + colour) * (SIZE**2 + 1) + label[picture, colour, y, x].long()
+    key, member, area = key.unique(return_inverse=True, return_counts=True)
+
+    def extreme(value: Tensor, how: str) -> Tensor:
+        return torch.zeros_like(key).scatter_reduce(0, member, value, how, include_self=False)
+
+    box = torch.stack([extreme(x, "amin"), extreme(x, "amax") + 1, extreme(y, "amin"), extreme(y, "amax") + 1], 1)
+    key, box = key[area >= LEAST_AREA], box[area >= LEAST_AREA]
+    picture, colour = key // (SIZE**2 + 1) // len(COLOURS), key // (SIZE**2 + 1) % len(COLOURS)
+    mask = label[picture, colour] == (key % (SIZE**2 + 1))[:, None, None]
+    overlap = []
+    for shape in range(len(SHAPES)):
+        template = coverage(torch.full_like(picture, shape), *fit_box(box)) > 0.5
+        overlap.append((template & mask).sum((1, 2)) / (template | mask).sum((1, 2)))
+    overlap, shape = torch.stack(overlap).max(0)
+    return Found(picture, colour, torch.where(overlap > LEAST_OVERLAP, shape, UNREADABLE), box)
+
+
+def fit_box(box: Tensor) -> tuple[Tensor, Tensor]:
+    """-> radius [m], centre [m, 2], in pixels"""
+    low, high = box[:, ::2], box[:, 1::2]
+    return (high - low).sum(1) / 4, (low + high) / 2
+
+
+def accuracy(found: Found, scenes: Scenes) -> dict[str, Tensor]:
+    """Whether each picture shows its caption, 0 or 1, in the spirit of GenEval: the objects' shapes, their colours, how
+    many there are, the relation (nan where the caption has none), and all of it. Tensors [n]"""
+    n, rows = len(scenes.count), torch.arange(len(scenes.count))
+    got = torch.zeros(n, len(COLOURS), len(SHAPES) + 1, dtype=torch.long)  # how many of each colour and shape
+    asked = torch.zeros_like(got)
+    got.index_put_((found.picture, found.colour, found.shape), torch.tensor(1), accumulate=True)
+    for i in range(2):
+        asked[rows, scenes.colour[:, i], scenes.shape[:, i]] += (scenes.count > i).long()
+    box = torch.zeros(n, len(COLOURS), 4, dtype=torch.long).index_put_((found.picture, found.colour), found.box)
+    first, second = scenes.colour.unbind(1)
+    alone = (got.sum(2)[rows, first] == 1) & (got.sum(2)[rows, second] == 1)
+    axis, related = 2 * scenes.relation.clamp(min=0), scenes.relation >= 0
+    apart = alone & (box[rows, first, axis + 1] <= box[rows, second, axis])
+    return {
+        "object": (got.sum(1) == asked.sum(1)).all(1).float(),
+        "colour": ((got.sum(2) > 0) == (asked.sum(2) > 0)).all(1).float(),
+        "count": (got.sum((1, 2)) == scenes.count).float(),
+        "relation": apart.float().masked_fill(~related, math.nan),
+        "all": ((got == asked).flatten(1).all(1) & (apart | ~related)).float(),
+    }
+
+
+def where_drawn(found: Found, scenes: Scenes) -> Tensor:
+    """Size and place of the object, where one was asked for and one was found: indices of RADII and of places along x
+    and y, [n, 3]; -1 elsewhere."""
+    radius, centre = fit_box(found.box)
+    one = ((scenes.count == 1) & (torch.bincount(found.picture, minlength=len(scenes.count)) == 1))[found.picture]
+    size = (radius - RADII[0]).round().long().clamp(0, 1)
+    place = ((centre - RADII[1]) / STEP).round().long().clamp(0, PLACES - 1)
+    bins = torch.full((len(scenes.count), 3), -1)
+    bins[found.picture[one]] = torch.cat([size[:, None], place], 1)[one]
+    return bins
+
+
+def diversity(bins: Tensor, caption: Tensor) -> float:
+    """Bits: the entropies of size, x and y, summed, given the caption (one of 9), with Miller and Madow's correction for
+    finite samples. Uniform, they are 1 + 2 log2(PLACES). bins: from where_drawn, caption: [n]"""
+    drawn, bits = bins[:, 0] >= 0, 0.0
+    for values, count in zip(bins[drawn].T, (2, PLACES, PLACES)):
+        h = torch.bincount(caption[drawn] * count + values, minlength=9 * count).view(9, count).double()
+        total = h.sum(1).clamp(min=1)
+        entropy = torch.special.entr(h / total[:, None]).sum(1) + ((h > 0).sum(1) - 1).clamp(min=0) / (2 * total)
+        bits += float(entropy.mean()) / math.log(2)
+    return bits
+
+
+def features(pictures: Tensor) -> Tensor:
+    """What the Frechet distance is measured on, [n, 64]: colours (48) and strength of edges (16), averaged over a grid
+    of 4 x 4."""
+    dx, dy = pictures.diff(dim=3)[:, :, :-1], pictures.diff(dim=2)[..., :-1]
+    edges = (dx.square() + dy.square()).sum(1, keepdim=True).add(1e-6).sqrt()
+    return torch.cat([F.adaptive_avg_pool2d(part, 4).flatten(1) for part in (pictures, edges)], 1).double()
+
+
+def frechet(x: Tensor, mean: Tensor, covariance: Tensor) -> float:
+    """|m - mean|^2 + tr(C + covariance - 2 (C covariance)^(1/2)), m and C the moments of x: [n, d], of doubles"""
+    values, vectors = torch.linalg.eigh(covariance)
+    root = vectors * values.clamp(min=0).sqrt() @ vectors.T
+    cross = torch.linalg.eigvalsh(root @ x.T.cov() @ root).clamp(min=0).sqrt().sum()
+    return float((x.mean(0) - mean).square().sum() + x.T.cov().trace() + covariance.trace() - 2 * cross)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Networks and latents
+# ----------------------------------------------------------------------------------------------------------------------
+
+WORDS = ["", "two", *RELATIONS, *COLOURS, *SHAPES, *(f"{shape}s" for shape in SHAPES)]
+LENGTH, WIDTH = 5, 64  # of a caption, in words; of a word's embedding
+EMBEDDING = torch.randn(LENGTH, len(WORDS), WIDTH, generator=torch.Generator().manual_seed(7))  # frozen; by position
+BLOCK, CHANNELS = 4, 10  # a latent pixel stands for BLOCK x BLOCK pixels
+SHAPE = (CHANNELS, SIZE // BLOCK, SIZE // BLOCK)
+
+HEADS = {"num_attention_heads": 4, "attention_head_dim": 32}
+# fmt: off
+NETWORKS = {  # the pipeline whose network it is, and its configuration
+    "mmdit": (sid_fm.SD3, HEADS | {
+        "patch_size": 2, "in_channels": CHANNELS, "num_layers": 3, "joint_attention_dim": WIDTH,
+        "pooled_projection_dim": WIDTH, "pos_embed_max_size": SHAPE[1] // 2, "sample_size": SHAPE[1]}),
+    "sana": (sid_fm.SANA, HEADS | {
+        "patch_size": 2, "in_channels": CHANNELS, "out_channels": CHANNELS, "num_layers": 4,
+        "num_cross_attention_heads": 4, "caption_channels": WIDTH, "sample_size": SHAPE[1]}),
+    "flux": (sid_fm.FLUX1, HEADS | {
+        "in_channels": 4 * CHANNELS, "num_layers": 1, "num_single_layers": 3, "joint_attention_dim": WIDTH,
+        "pooled_projection_dim": WIDTH, "axes_dims_rope": [8, 12, 12]}),
+}
+# fmt: on
+
+
+def build(arch: str, seed: int) -> nn.Module:
+    """sid_fm's network at a small size. Gates and the output start at zero, as DiT's do: each block as the identity."""
+    pipeline, network = NETWORKS[arch]
+    family = sid_fm.PIPELINES[pipeline]
+    torch.manual_seed(seed)
+    net = sid_fm.build(family.backbone, sid_fm.network_config(family, network))
+    for layer in [net.proj_out, *(m.linear for m in net.modules() if isinstance(m, sid_fm.Modulation))]:
+        nn.init.zeros_(layer.weight), nn.init.zeros_(layer.bias)
+    return net
+
+
+def encode_text(texts: list[str]) -> dict[str, Tensor]:
+    """cond of sid_fm's networks: text [B, LENGTH, WIDTH], pooled [B, WIDTH], mask [B, LENGTH]. "" is the empty prompt."""
+    index = {word.replace(" ", "_"): i for i, word in enumerate(WORDS)}
+    joined = {relation: relation.replace(" ", "_") for relation in RELATIONS}
+    rows = []
+    for text in texts:
+        for relation, word in joined.items():
+            text = text.replace(relation, word)
+        words = [index[word] for word in text.split()]
+        rows.append(words + [0] * (LENGTH - len(words)))
+    ids = torch.tensor(rows)
+    text, mask = EMBEDDING[torch.arange(LENGTH), ids], ids > 0
+    mask[:, 0] = True  # attention wants one word at least
+    return {"text": text, "pooled": text.mean(1) * LENGTH**0.5, "mask": mask}
+
+
+class Autoencoder:
+    """The real teachers' autoencoder in miniature, linear and exact: the first CHANNELS principal components of blocks
+    of BLOCK x BLOCK pixels, each scaled to unit variance."""
+
+    def __init__(self) -> None:
+        blocks = self.split(render(draw_scenes(4000, torch.Generator().manual_seed(0)))).flatten(0, 2)
+        variance, vectors = torch.linalg.eigh(blocks.T.cov())
+        self.mean, self.vectors, self.scale = blocks.mean(0), vectors[:, -CHANNELS:], variance[-CHANNELS:].sqrt()
+
+    @staticmethod
+    def split(pictures: Tensor) -> Tensor:
+        return F.pixel_unshuffle(pictures, BLOCK).movedim(1, -1)
+
+    def encode(self, pictures: Tensor) -> Tensor:
+        """[B, 3, SIZE, SIZE] -> [B, *SHAPE]"""
+        return ((self.split(pictures) - self.mean) @ self.vectors / self.scale).movedim(-1, 1).contiguous()
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """[B, *SHAPE] -> [B, 3, SIZE, SIZE]"""
+        blocks = (latents.movedim(1, -1) * self.scale) @ self.vectors.T + self.mean
+        return F.pixel_shuffle(blocks.movedim(-1, 1), BLOCK)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Teacher and students
+# ----------------------------------------------------------------------------------------------------------------------
+
+BATCH = 64
+DROPPED = 0.1  # share of captions that the teacher's training replaces by the empty prompt
+TEACHER_LR, STUDENT_LR = 3e-3, 5e-4
+
+
+def draw_batch(autoencoder: Autoencoder, rng: torch.Generator) -> tuple[dict, Tensor]:
+    """-> cond, x_0 [BATCH, *SHAPE]"""
+    scenes = draw_scenes(BATCH, rng)
+    return encode_text(captions(scenes)), autoencoder.encode(render(scenes))
+
+
+def train_teacher(
+    net: nn.Module, autoencoder: Autoencoder, iters: int, seed: int, submit: Callable, tick: Callable[[Tensor], None]
+) -> nn.Module:
+    """Flow matching with caption dropout. Each half of a batch has a thread of its own: at this size two threads inside
+    one operation gain nothing. Returns the running mean of the weights."""
+    rng, empty = torch.Generator().manual_seed(seed), encode_text([""])
+    weights = list(net.parameters())
+    optimizer = torch.optim.Adam(weights, lr=TEACHER_LR, betas=(0.9, 0.99), fused=True)
+    schedule = cosine(optimizer, iters)
+    average = torch.optim.swa_utils.AveragedModel(net, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.99))
+
+    def half(part: slice, cond: dict, x_0: Tensor, e: Tensor, t: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+        cond, x_0, e, t = {key: value[part] for key, value in cond.items()}, x_0[part], e[part], t[part]
+        loss = flow_matching_loss(net(add_noise(x_0, e, t), t, cond), x_0, e, t)
+        return loss.detach(), torch.autograd.grad(loss, weights, materialize_grads=True)
+
+    for i in range(iters):
+        cond, x_0 = draw_batch(autoencoder, rng)
+        dropped = torch.rand(BATCH, generator=rng) < DROPPED
+        cond = {key: torch.where(sid_fm.match_dims(dropped, v), empty[key], v) for key, v in cond.items()}
+        e, t = noise_like(x_0, rng), draw_times(BATCH, (0.0, 1.0), rng=rng)
+        parts = slice(BATCH // 2), slice(BATCH // 2, BATCH)
+        (loss, grads), (other, more) = [job.result() for job in [submit(half, part, cond, x_0, e, t) for part in parts]]
+        for weight, a, b in zip(weights, grads, more):
+            weight.grad = (a + b) / 2
+        optimizer.step()
+        schedule.step()
+        average.update_parameters(net)
+        tick((loss + other) / 2 / x_0[0].numel())
+    return average.module.requires_grad_(False)
+
+
+class Distilled(NamedTuple):
+    student: nn.Module  # the running mean of its weights
+    copies: dict[int, nn.Module]  # of the same, along the way
+
+
+def distil(
+    teacher: nn.Module,
+    autoencoder: Autoencoder,
+    iters: int,
+    seed: int,
+    tick: Callable[[Tensor], None],
+    start: nn.Module | None = None,
+    **options,
+) -> Distilled:
+    """One run of sid_fm.distill: data-free, or, from a student `start` on, data-aided."""
+    teacher, student, fake = (copy.deepcopy(net) for net in (teacher, start or teacher, teacher))
+    average = torch.optim.swa_utils.AveragedModel(
+        student, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.98)
+    )
+    optimizers = [
+        torch.optim.Adam(net.parameters(), lr=STUDENT_LR, betas=(0.0, 0.99), fused=True) for net in (student, fake)
+    ]
+    schedules = [cosine(optimizer, iters) for optimizer in optimizers]
+    rng, data = torch.Generator().manual_seed(seed), torch.Generator().manual_seed(seed + 1)
+
+    def batches() -> Iterator[tuple[dict, Tensor | None]]:
+        while True:
+            cond, x_0 = draw_batch(autoencoder, data)
+            yield cond, x_0 if start else None
+
+    # Data-aided, the fake network first catches up with the student that it is given.
+    wait, alone = (BATCH * iters // 10, BATCH * iters // 5) if start else (0, 0)
+    copies, marks = {}, {*np.geomspace(1, iters, 12).astype(int).tolist()}
+    options = {"iters": iters, "rng": rng, "warmup": (wait, alone), "uncond": encode_text([""])} | options
+    for measured in sid_fm.distill(teacher, student, fake, optimizers, batches(), (BATCH, *SHAPE), **options):
+        schedules[1].step()
+        if measured["images"] - BATCH >= wait:
+            schedules[0].step()
+        average.update_parameters(student)
+        if not measured["loss"].isfinite():
+            raise FloatingPointError(f"a student diverged, with {options['steps']} steps, {options['weight']}")
+        if measured["iteration"] + 1 in marks:
+            copies[measured["iteration"] + 1] = copy.deepcopy(average.module)
+        tick(measured["fisher"])
+    return Distilled(average.module.requires_grad_(False), copies)
+
+
+def open_network(arch: str, folder: Path) -> nn.Module:
+    part = sid_fm.open_part(sid_fm.PIPELINES[NETWORKS[arch][0]].backbone, folder)
+    return sid_fm.fill_part(*part, "cpu", torch.float32)
+
+
+def prepare_teacher(args: argparse.Namespace, autoencoder: Autoencoder) -> nn.Module:
+    """The teacher of a former run with the same settings, or a new one, saved in the diffusers layout."""
+    folder = args.out / "teacher"
+    settings = {"arch": args.arch, "iterations": args.teacher_iters, "batch": BATCH, "seed": args.seed}
+    notes = folder / "training.json"
+    if notes.is_file() and json.loads(notes.read_text()) == settings:
+        print(f"  teacher: the one in {folder}")
+        return open_network(args.arch, folder)
+    net = build(args.arch, args.seed)
+    with workers("teacher", args.teacher_iters) as (submit, tick):
+        net = train_teacher(net, autoencoder, args.teacher_iters, args.seed, submit, tick("loss"))
+    sid_fm.save_student(net, None, folder)
+    write_json(notes, settings)
+    return net
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Measuring
+# ----------------------------------------------------------------------------------------------------------------------
+
+GROUPS = 20  # of the jackknife
+
+
+class Measure:
+    """Every row of the table has the same captions and the same noise."""
+
+    def __init__(self, autoencoder: Autoencoder, samples: int, seed: int):
+        self.autoencoder = autoencoder
+        self.scenes = draw_scenes(samples, torch.Generator().manual_seed(seed + 1000))
+        self.texts, self.empty = captions(self.scenes), encode_text([""])
+        self.cond = encode_text(self.texts)
+        self.z = torch.randn(samples, *SHAPE, generator=torch.Generator().manual_seed(seed + 2000))
+        real = features(render(draw_scenes(20_000, torch.Generator().manual_seed(seed + 3000))))
+        self.mean, self.covariance = real.mean(0), real.T.cov()
+
+    @torch.no_grad()
+    def sample(self, sampler: Callable[[Tensor, dict], Tensor]) -> tuple[Tensor, float]:
+        """-> pictures [samples, 3, SIZE, SIZE], seconds per thousand"""
+        start = time.perf_counter()
+        parts = zip(self.z.split(BATCH), *(value.split(BATCH) for value in self.cond.values()))
+        latents = torch.cat([sampler(z, dict(zip(self.cond, values))) for z, *values in parts])
+        return self.autoencoder.decode(latents), (time.perf_counter() - start) * 1000 / len(latents)
+
+    def __call__(self, pictures: Tensor) -> dict[str, tuple[float, float]]:
+        """Each figure with half the width of its 95% interval, by a delete-one-group jackknife."""
+        found = read_objects(pictures)
+        right, bins, x = accuracy(found, self.scenes), where_drawn(found, self.scenes), features(pictures)
+        caption = self.scenes.colour[:, 0] * len(SHAPES) + self.scenes.shape[:, 0]
+
+        def figures(rows: Tensor) -> np.ndarray:
+            values = [frechet(x[rows], self.mean, self.covariance), diversity(bins[rows], caption[rows])]
+            return np.array(values + [float(value[rows].nanmean()) for value in right.values()])
+
+        group = torch.arange(len(x)) % GROUPS
+        left_out = np.stack([figures(group != g) for g in range(GROUPS)])
+        half = 1.96 * np.sqrt((GROUPS - 1) * left_out.var(axis=0))
+        whole = figures(group >= 0)
+        return {name: (float(v), float(h)) for name, v, h in zip(("frechet", "diversity", *right), whole, half)}
+
+    def euler(self, net: nn.Module, steps: int, guidance: float) -> Callable[[Tensor, dict], Tensor]:
+        times = torch.linspace(1, 0, steps + 1)
+        return lambda z, cond: sid_fm.sample_ode(net, z, cond, self.empty, times, guidance)
+
+
+def few_step(net: nn.Module, steps: int, noise: str, seed: int) -> Callable[[Tensor, dict], Tensor]:
+    rng = torch.Generator().manual_seed(seed)
+    return lambda z, cond: generate(net, z, cond, steps, noise, rng=rng)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Figures
+# ----------------------------------------------------------------------------------------------------------------------
+
+BLUE, RED, GREY, INK = "#2f6fb3", "#c8453b", "#8b95a1", "#1f2430"
+GUIDANCES = (1.0, 2.5, 4.5, 7.0)
+
+
+def save(figure, file: Path) -> None:
+    sid_fm.write(file, partial(figure.savefig, format="png"))
+    sid_fm.pyplot().close(figure)
+    print(f"  drew {file}", flush=True)
+
+
+def draw_convergence(file: Path, distances: dict[int, float], title: str) -> None:
+    """Frechet distance against iterations, on log-log and on semilog axes, with both fits: the paper says exponential."""
+    x, y = np.array([*distances]), np.array([*distances.values()])
+    falling = int(y.argmax())
+    fits = fit_decay(x[falling:], y[falling:])
+    figure, axes = sid_fm.pyplot().subplots(1, 2, figsize=(10, 3.8), sharey=True)
+    for axis, scale in zip(axes, ("log", "linear")):
+        axis.plot(x, y, "o", color=BLUE, markersize=5)
+        for (kind, fit), style in zip(fits.items(), ("--", "-")):
+            label = f"{kind} {fit.formula}  (rms log error {fit.error:.2f})"
+            axis.plot(x[falling:], fit.curve, style, color=INK, linewidth=1.3, label=label)
+        axis.set(xscale=scale, yscale="log", xlabel="iterations")
+    axes[0].set(ylabel=f"Frechet distance, {title}", title="log-log")
+    axes[1].set(title="semilog")
+    if fits:
+        axes[1].legend(fontsize=8.5)
+    save(figure, file)
+    for kind, fit in fits.items():
+        print(f"    Frechet distance after x iterations: {kind} {fit.formula}, rms log error {fit.error:.2f}")
+
+
+def draw_guidance(file: Path, teacher: dict[float, dict], students: dict[str, dict], guidance: float) -> None:
+    """Accuracy and diversity against the guidance that the teacher is sampled with, and that students learned from."""
+    figure, axes = sid_fm.pyplot().subplots(1, 2, figsize=(10, 3.8))
+    for axis, (key, label) in zip(
+        axes, {"all": "accuracy, all of the caption", "diversity": "diversity, bits"}.items()
+    ):
+        values, halves = zip(*(line[key] for line in teacher.values()))
+        axis.errorbar([*teacher], values, halves, color=GREY, marker="o", capsize=3, label="teacher, 28 steps")
+        for (name, line), color in zip(students.items(), (BLUE, RED, INK)):
+            axis.errorbar([guidance], [line[key][0]], [line[key][1]], color=color, marker="s", capsize=3, label=name)
+        axis.set(xlabel="guidance", ylabel=label)
+    axes[0].legend(fontsize=8.5)
+    save(figure, file)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Command line
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def run(args: argparse.Namespace) -> None:
+    """Teacher, students, table, figures."""
+    start = time.perf_counter()
+    autoencoder = Autoencoder()
+    teacher = prepare_teacher(args, autoencoder)
+    print(
+        f"  teacher ready: {args.teacher_iters} iterations of {BATCH} ({time.perf_counter() - start:.0f} s)", flush=True
+    )
+    options = {name: getattr(args, name) for name in ("loss", "alpha", "weight", "noise", "guidance")}
+    free, one, aided = (
+        f"{args.loss.upper()} {name}" for name in (f"{args.steps}-step", "one-step", f"{args.steps}-step data-aided")
+    )
+    third = args.iters // 3  # of the iterations continue data-aided, while the one-step student has all
+    with workers("distilling", args.iters * 2) as (submit, tick):
+        run_one = partial(distil, teacher, autoencoder, seed=args.seed, tick=tick("Fisher estimate"), **options)
+
+        def both() -> tuple[Distilled, Distilled]:
+            first = run_one(iters=args.iters - third, steps=args.steps)
+            return first, run_one(iters=max(1, third), steps=args.steps, start=first.student)
+
+        jobs = submit(both), submit(run_one, iters=args.iters, steps=1)
+        (first, second), dedicated = (job.result() for job in jobs)
+    students = {free: first.student, aided: second.student, one: dedicated.student}
+    for name, student in students.items():
+        sid_fm.save_student(student, None, args.out / name.lower().replace(" ", "-"))
+    print(f"  {len(students)} students distilled ({time.perf_counter() - start:.0f} s)", flush=True)
+
+    measure = Measure(autoencoder, args.samples, args.seed)
+    rows = {"data": ("-", lambda: (render(draw_scenes_like(measure.scenes, args.seed)), math.nan))}
+    rows["data, through the autoencoder"] = (
+        "-",
+        lambda: (autoencoder.decode(autoencoder.encode(rows["data"][1]()[0])), math.nan),
+    )
+    for n in (28, 4, 2, 1):
+        rows[f"teacher, {plural(n)}"] = n, partial(measure.sample, measure.euler(teacher, n, args.guidance))
+    for name, student in students.items():
+        for n in sorted({1, 2, 4, args.steps}, reverse=True):
+            if n <= (1 if name == one else args.steps):
+                rows[f"{name}, {plural(n)}"] = n, partial(measure.sample, few_step(student, n, args.noise, args.seed))
+    sweep = {g: measure.euler(teacher, 28, g) for g in GUIDANCES if g != args.guidance}
+
+    def fill(job: Callable[[], tuple[Tensor, float]], tick: Callable[[Tensor], None]) -> tuple[Tensor, dict]:
+        pictures, seconds = job()
+        line = measure(pictures) | {"seconds": seconds}
+        tick(torch.tensor(line["all"][0]))
+        return pictures, line
+
+    with workers("measuring", len(rows) + len(sweep) + len(first.copies)) as (submit, tick):
+        tick = tick("accuracy")
+        lines = {name: (n, submit(fill, job, tick)) for name, (n, job) in rows.items()}
+        guided = {g: submit(fill, partial(measure.sample, sampler), tick) for g, sampler in sweep.items()}
+        along = {
+            i: submit(fill, partial(measure.sample, few_step(net, args.steps, args.noise, args.seed)), tick)
+            for i, net in first.copies.items()
+        }
+        pictures = {name: job.result()[0] for name, (_, job) in lines.items()}
+        table = {name: {"steps": n} | job.result()[1] for name, (n, job) in lines.items()}
+        guided = {g: job.result()[1] for g, job in guided.items()}
+        along = {i: job.result()[1]["frechet"][0] for i, job in along.items()}
+
+    print_table(table, args)
+    guided |= {args.guidance: table["teacher, 28 steps"]}
+    seconds = time.perf_counter() - start
+    settings = vars(args) | {"out": str(args.out)}
+    guidance = {str(g): guided[g] for g in sorted(guided)}
+    write_json(
+        args.out / "results.json",
+        {"args": settings, "seconds": seconds, "table": table, "guidance": guidance, "convergence": along},
+    )
+    shown = [measure.texts.index(text) for text in dict.fromkeys(sorted(measure.texts, key=len))]
+    shown = shown[:: max(1, len(shown) // 8)][:8]
+    names = ["data", *(f"teacher, {plural(n)}" for n in (28, 4, 1))]
+    names += [f"{free}, {plural(args.steps)}", f"{aided}, {plural(args.steps)}", f"{one}, 1 step"]
+    panels = {name.replace(", ", "\n"): pictures[name][shown] for name in dict.fromkeys(names)}
+    sid_fm.draw_samples(args.out / "samples.png", panels, [measure.texts[i] for i in shown])
+    print(f"  drew {args.out / 'samples.png'}")
+    draw_convergence(args.out / "convergence.png", along, f"{free} student")
+    best = {name: table[f"{name}, {plural(1 if name == one else args.steps)}"] for name in students}
+    draw_guidance(args.out / "guidance.png", {g: guided[g] for g in sorted(guided)}, best, args.guidance)
+    print(f"  {seconds:.0f} s in all")
+
+
+def draw_scenes_like(scenes: Scenes, seed: int) -> Scenes:
+    """Fresh pictures of the same captions: sizes and places of other scenes of the same kinds."""
+    rng = torch.Generator().manual_seed(seed + 4000)
+    pool = draw_scenes(40 * len(scenes.count), rng)
+    radius, centre = scenes.radius.clone(), scenes.centre.clone()
+
+    def kind(s: Scenes) -> Tensor:  # pairs by their relation; two alike by the axis along which they keep apart
+        alike = ((s.centre[:, 0] - s.centre[:, 1]).abs()).argmax(1) + 3
+        return torch.where(s.count == 1, 0, torch.where(s.relation >= 0, s.relation + 1, alike))
+
+    mine, theirs = kind(scenes), kind(pool)
+    for k in mine.unique():
+        rows, source = (mine == k).nonzero()[:, 0], (theirs == k).nonzero()[:, 0]
+        chosen = source[torch.randint(len(source), (len(rows),), generator=rng)]
+        radius[rows], centre[rows] = pool.radius[chosen], pool.centre[chosen]
+    return scenes._replace(radius=radius, centre=centre)
+
+
+def print_table(table: dict[str, dict], args: argparse.Namespace) -> None:
+    categories = ("all", "object", "colour", "count", "relation")
+    print(f"\n{'':31}{'Frechet':>14}{'diversity':>13}" + "".join(f"{name:>11}" for name in categories) + "  s/1000")
+    for name, line in table.items():
+        cells = f"{line['frechet'][0]:8.3f} ±{line['frechet'][1]:5.3f}{line['diversity'][0]:7.2f} ±{line['diversity'][1]:4.2f}"
+        cells += "".join(f"{100 * line[key][0]:6.1f} ±{100 * line[key][1]:3.1f}" for key in categories)
+        seconds = "" if math.isnan(line["seconds"]) else f"{line['seconds']:8.2f}"
+        print(f"{name:31}{cells}{seconds}")
+    print(f"{args.samples} samples a row, ± half a 95% interval; accuracy in %, guidance {args.guidance:g}\n")
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.error = fail
+    add = parser.add_argument
+    add("--arch", choices=NETWORKS, default="mmdit", help="the network (%(default)s)")
+    add("--steps", type=number(int, 1), default=4, help="K of the few-step student (%(default)s)")
+    add("--loss", choices=sid_fm.LOSSES, default="sid", help="of the students (%(default)s)")
+    add("--alpha", type=number(float), default=1.0, help="of the SiD loss (%(default)s)")
+    add("--weight", choices=sid_fm.WEIGHTS, default="1-t", help="w(t) of the generator's loss (%(default)s)")
+    add("--noise", choices=sid_fm.NOISES, default="fresh", help="between the student's steps (%(default)s)")
+    add("--guidance", type=number(float), default=2.5, help="of the teacher, and in distillation (%(default)s)")
+    add("--teacher-iters", type=number(int, 1), help="of the teacher's training (3600; with --quick 600)")
+    add("--iters", type=number(int, 3), help="of distillation (480; with --quick 45)")
+    add("--samples", type=number(int, 100), help="a row of the table (500; with --quick 200)")
+    add("--seed", type=number(int, 0), default=0, help="fixes everything (%(default)s)")
+    add("--out", type=Path, default=Path("runs/dit_tiny"), help="folder of weights and figures (%(default)s)")
+    add("--quick", action="store_true", help="a short run")
+    args = parser.parse_args()
+    args.teacher_iters = args.teacher_iters or (600 if args.quick else 3600)
+    args.iters = args.iters or (45 if args.quick else 480)
+    args.samples = args.samples or (200 if args.quick else 500)
+    return args
+
+
+def main() -> None:
+    args = parse()
+    try:
+        make_folder(args.out)
+        run(args)
+    except sid_fm.BadInput as error:
+        fail(error)
+    except FloatingPointError as error:
+        fail(f"{error}: try another --weight or --seed", status=1)
+    except KeyboardInterrupt:
+        fail(f"stopped: a teacher whose training ended is kept in {args.out}", status=130)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,185 @@
+"""dit_tiny.py: pictures are read back without error, measures against closed forms, and the whole of it in miniature."""
+
+import json
+import math
+import sys
+from pathlib import Path
+
+import diffusers
+import pytest
+import torch
+
+import dit_tiny
+import sid_fm
+
+CLASSES = {name: sid_fm.PIPELINES[pipeline].backbone_class for name, (pipeline, _) in dit_tiny.NETWORKS.items()}
+
+
+def rng(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+@pytest.fixture(scope="module")
+def scenes():
+    return dit_tiny.draw_scenes(2000, rng())
+
+
+@pytest.fixture(scope="module")
+def pictures(scenes):
+    return dit_tiny.render(scenes)
+
+
+def test_every_picture_of_the_data_is_read_as_its_caption(scenes, pictures):
+    right = dit_tiny.accuracy(dit_tiny.read_objects(pictures), scenes)
+    assert all(value.nanmean() == 1 for value in right.values())
+    assert 0 < right["relation"].isnan().float().mean() < 1
+
+
+def test_the_autoencoder_keeps_what_is_read(scenes, pictures):
+    autoencoder = dit_tiny.Autoencoder()
+    latents = autoencoder.encode(pictures)
+    assert latents.shape[1:] == dit_tiny.SHAPE
+    right = dit_tiny.accuracy(dit_tiny.read_objects(autoencoder.decode(latents)), scenes)
+    assert right["all"].mean() > 0.99
+    torch.testing.assert_close(autoencoder.encode(autoencoder.decode(latents)), latents, atol=1e-4, rtol=0)
+
+
+def test_a_wrong_picture_fails_in_the_category_that_is_wrong(scenes, pictures):
+    def score(**change):
+        drawn = dit_tiny.render(scenes._replace(**change))
+        return {k: v.nanmean() for k, v in dit_tiny.accuracy(dit_tiny.read_objects(drawn), scenes).items()}
+
+    other = score(shape=(scenes.shape + 1) % 3)
+    assert other["object"] < 0.2 and other["all"] == 0 and other["colour"] == other["count"] == other["relation"] == 1
+    other = score(colour=(scenes.colour + 1) % 3)
+    assert other["all"] == 0 and other["object"] == other["count"] == 1
+    other = score(count=torch.ones_like(scenes.count))  # the second of two left out
+    assert other["count"] == other["all"] == (scenes.count == 1).float().mean()
+    other = score(centre=scenes.centre.flip(1))
+    assert other["relation"] == 0 and other["count"] > 0.5
+    noise = dit_tiny.accuracy(
+        dit_tiny.read_objects(torch.randn(100, 3, 24, 24, generator=rng())), dit_tiny.Scenes(*(x[:100] for x in scenes))
+    )
+    assert noise["all"].sum() == 0
+    blank = dit_tiny.read_objects(dit_tiny.PALETTE[0][:, None, None].expand(3, 3, 24, 24))
+    assert len(blank.picture) == 0
+
+
+def test_captions_say_what_is_drawn():
+    scenes = dit_tiny.Scenes(
+        count=torch.tensor([1, 2, 2]),
+        relation=torch.tensor([-1, -1, 1]),
+        colour=torch.tensor([[0, 1], [1, 1], [2, 0]]),
+        shape=torch.tensor([[0, 0], [1, 1], [2, 1]]),
+        radius=torch.full((3, 2), 4),
+        centre=torch.tensor([[[5, 5], [5, 5]], [[5, 5], [15, 5]], [[9, 5], [9, 17]]]),
+    )
+    texts = ["red circle", "two green squares", "blue triangle above red square"]
+    assert dit_tiny.captions(scenes) == texts
+    assert dit_tiny.accuracy(dit_tiny.read_objects(dit_tiny.render(scenes)), scenes)["all"].tolist() == [1, 1, 1]
+    cond = dit_tiny.encode_text([*texts, ""])
+    assert cond["mask"].sum(1).tolist() == [2, 3, 5, 1]
+    assert len({tuple(row) for row in cond["pooled"].tolist()}) == 4
+
+
+def test_every_caption_has_its_own_encoding():
+    texts = sorted(set(dit_tiny.captions(dit_tiny.draw_scenes(20_000, rng()))))
+    assert len(texts) == 9 + 9 + 2 * 6 * 9  # one object, two alike, two colours of two shapes in two relations
+    assert len({tuple(row) for row in dit_tiny.encode_text(texts)["pooled"].tolist()}) == len(texts)
+
+
+def test_diversity_is_the_entropy():
+    scenes = dit_tiny.draw_scenes(40_000, rng())
+    bins = dit_tiny.where_drawn(
+        dit_tiny.read_objects(dit_tiny.render(dit_tiny.Scenes(*(x[:4000] for x in scenes)))),
+        dit_tiny.Scenes(*(x[:4000] for x in scenes)),
+    )
+    caption = scenes.colour[:, 0] * 3 + scenes.shape[:, 0]
+    one = bins[:, 0] >= 0
+    assert one.sum() == (scenes.count[:4000] == 1).sum()  # and each at its true size and place
+    true = torch.cat([scenes.radius[:4000, :1] - dit_tiny.RADII[0], (scenes.centre[:4000, 0] - 5) // 2], 1)
+    # A triangle's tip is narrower than a pixel: its box may lose a row. Everything else is exact.
+    exact = one & (scenes.shape[:4000, 0] < 2)
+    assert (bins == true)[exact].all()
+    every = torch.cat([scenes.radius[:, :1] - dit_tiny.RADII[0], (scenes.centre[:, 0] - 5) // 2], 1)
+    every = torch.where(scenes.count[:, None] == 1, every, -1)
+    uniform = 1 + 2 * math.log2(dit_tiny.PLACES)
+    # The correction leaves O(1 / N^2); the estimate's standard error is below sqrt(15 / 2) / N nats per entropy.
+    assert dit_tiny.diversity(every, caption) == pytest.approx(uniform, abs=0.01)
+    collapsed = torch.where(every >= 0, every[one.nonzero()[0, 0]], -1)
+    assert dit_tiny.diversity(collapsed, caption) == 0
+
+
+def test_the_frechet_distance_is_the_closed_form():
+    x = torch.randn(500, 64, generator=rng(), dtype=torch.float64)
+    mean, covariance = x.mean(0), x.T.cov()
+    assert dit_tiny.frechet(x, mean, covariance) == pytest.approx(0, abs=1e-9)
+    # of a shift by d, |d|^2; of a scaling by c, (c - 1)^2 tr C
+    assert dit_tiny.frechet(x + 0.5, mean, covariance) == pytest.approx(64 * 0.25, rel=1e-9)
+    assert dit_tiny.frechet(3 * (x - mean) + mean, mean, covariance) == pytest.approx(4 * float(covariance.trace()))
+
+
+def test_fresh_pictures_of_the_same_captions(scenes):
+    fresh = dit_tiny.draw_scenes_like(scenes, 0)
+    right = dit_tiny.accuracy(dit_tiny.read_objects(dit_tiny.render(fresh)), scenes)
+    assert all(value.nanmean() == 1 for value in right.values())
+    assert (fresh.centre != scenes.centre).any(-1).any(-1).float().mean() > 0.9
+
+
+@pytest.mark.parametrize("arch", dit_tiny.NETWORKS)
+def test_networks_open_in_diffusers(arch, tmp_path):
+    net = dit_tiny.build(arch, 0)
+    assert (
+        net(torch.randn(2, *dit_tiny.SHAPE), torch.rand(2), dit_tiny.encode_text(["red circle", ""])).abs().max() == 0
+    )
+    for weight in net.parameters():
+        torch.nn.init.normal_(weight, std=0.1)
+    sid_fm.save_student(net, None, tmp_path / "net")
+    oracle = getattr(diffusers, CLASSES[arch]).from_pretrained(tmp_path / "net")
+    ours = dit_tiny.open_network(arch, tmp_path / "net")
+    assert sum(p.numel() for p in oracle.parameters()) == sum(p.numel() for p in ours.parameters())
+    x, t, cond = (
+        torch.randn(2, *dit_tiny.SHAPE),
+        torch.rand(2),
+        dit_tiny.encode_text(["red circle", "two blue squares"]),
+    )
+    assert torch.equal(ours(x, t, cond), net(x, t, cond))
+    if arch == "mmdit":
+        theirs = oracle(x, cond["text"], cond["pooled"], 1000 * t).sample
+        torch.testing.assert_close(ours(x, t, cond), theirs, rtol=1e-4, atol=1e-4)
+
+
+def main(monkeypatch, *args):
+    monkeypatch.setattr(sys, "argv", ["dit_tiny.py", *map(str, args)])
+    dit_tiny.main()
+
+
+@pytest.mark.slow
+def test_the_whole_of_it_in_miniature(monkeypatch, tmp_path, capsys):
+    arguments = ("--teacher-iters", 250, "--iters", 45, "--samples", 100, "--out", tmp_path)
+    main(monkeypatch, *arguments)
+    results = json.loads((tmp_path / "results.json").read_text())
+    table = results["table"]
+    assert table["data"]["all"][0] == 1
+    for student, teacher in {
+        "SID one-step, 1 step": "teacher, 1 step",
+        "SID 4-step, 4 steps": "teacher, 1 step",
+    }.items():
+        assert table[student]["colour"][0] > table[teacher]["colour"][0] + table[student]["colour"][1]
+        assert table[student]["frechet"][0] < table[teacher]["frechet"][0]
+    for name in ("samples.png", "convergence.png", "guidance.png"):
+        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
+    for name in ("teacher", "sid-4-step", "sid-one-step", "sid-4-step-data-aided"):
+        diffusers.SD3Transformer2DModel.from_pretrained(tmp_path / name)
+    before = (tmp_path / "teacher" / "diffusion_pytorch_model.safetensors").stat().st_mtime_ns
+    dit_tiny.prepare_teacher(dit_tiny.parse(), dit_tiny.Autoencoder())
+    assert (tmp_path / "teacher" / "diffusion_pytorch_model.safetensors").stat().st_mtime_ns == before
+    assert "the one in" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("wrong", [("--arch", "unet"), ("--steps", "0"), ("--samples", "1")])
+def test_bad_input_is_one_line(wrong, monkeypatch, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(monkeypatch, "--out", tmp_path / "out", *wrong)
+    message = capsys.readouterr().err
+    assert stop.value.code == 2 and message.count("\n") == 1 and not Path(tmp_path / "out").exists()
