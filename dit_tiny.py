@@ -31,7 +31,7 @@ from toy_2d import cosine, fit_decay, plural, workers, write_json
 # Pictures and captions
 # ----------------------------------------------------------------------------------------------------------------------
 # One object ("red circle"), two alike ("two red circles"), or a pair of two colours in a relation ("red circle left of
-# blue square"). Sizes are whole pixels and positions lie on a grid, so that a picture can be read back without error.
+# blue square"), each in a cell of its own of a grid, so that a picture can be read back without error.
 
 COLOURS = {"red": (0.84, 0.16, 0.16), "green": (0.13, 0.60, 0.30), "blue": (0.16, 0.35, 0.80)}
 PALETTE = torch.tensor([(0.96, 0.95, 0.92), *COLOURS.values()]) * 2 - 1  # the background, then the colours, in [-1, 1]
@@ -39,10 +39,9 @@ SHAPES = ("circle", "square", "triangle")
 RELATIONS = ("left of", "above")  # along x, along y
 KINDS = torch.tensor([0.4, 0.2, 0.4])  # how often: one object, two alike, a pair
 
-SIZE = 24  # pixels a side
-RADII = (4, 5)  # half the side of an object's box
-STEP, PLACES = 2, 8  # centres are RADII[1] + STEP i pixels from the border, i < PLACES, along either axis
-GAP = 2  # least distance in pixels between two objects
+CELL, PLACES = 12, 2  # pixels a side of a cell; cells a side of a picture
+SIZE = CELL * PLACES  # pixels a side of a picture
+RADII = (4, 5)  # half the side of an object's box, in pixels
 
 
 class Scenes(NamedTuple):
@@ -66,16 +65,15 @@ def draw_scenes(n: int, rng: torch.Generator) -> Scenes:
     colour, shape, axis = draw(len(COLOURS), n, 2), draw(len(SHAPES), n, 2), draw(len(RELATIONS), n)
     colour[:, 1] = (colour[:, 0] + torch.where(kind == 1, 0, 1 + draw(len(COLOURS) - 1, n))) % len(COLOURS)
     shape[:, 1] = torch.where(kind == 1, shape[:, 0], shape[:, 1])
-    radius, place = RADII[0] + draw(2, n, 2), draw(PLACES, n, 2, 2)
-    # Two objects keep apart along one axis: the first place leaves room for the second.
-    apart = -((-radius.sum(1) - GAP) // STEP)
+    radius, place = torch.tensor(RADII)[draw(2, n, 2)], draw(PLACES, n, 2, 2)
+    # Two objects are in different columns, or in different rows: the first place leaves room for the second.
     u = torch.rand(n, 2, generator=rng)
-    first = (u[:, 0] * (PLACES - apart)).long()
-    second = first + apart + (u[:, 1] * (PLACES - apart - first)).long()
+    first = (u[:, 0] * (PLACES - 1)).long()
+    second = first + 1 + (u[:, 1] * (PLACES - 1 - first)).long()
     rows, two = torch.arange(n), kind[:, None] > 0
     place[rows, :, axis] = torch.where(two, torch.stack([first, second], 1), place[rows, :, axis])
     relation = torch.where(kind == 2, axis, -1)
-    return Scenes(1 + (kind > 0).long(), relation, colour, shape, radius, RADII[1] + STEP * place)
+    return Scenes(1 + (kind > 0).long(), relation, colour, shape, radius, CELL // 2 + CELL * place)
 
 
 def captions(scenes: Scenes) -> list[str]:
@@ -189,8 +187,8 @@ def where_drawn(found: Found, scenes: Scenes) -> Tensor:
     and y, [n, 3]; -1 elsewhere."""
     radius, centre = fit_box(found.box)
     one = ((scenes.count == 1) & (torch.bincount(found.picture, minlength=len(scenes.count)) == 1))[found.picture]
-    size = (radius - RADII[0]).round().long().clamp(0, 1)
-    place = ((centre - RADII[1]) / STEP).round().long().clamp(0, PLACES - 1)
+    size = (radius > sum(RADII) / 2).long()
+    place = (centre / CELL).long()
     bins = torch.full((len(scenes.count), 3), -1)
     bins[found.picture[one]] = torch.cat([size[:, None], place], 1)[one]
     return bins
@@ -229,12 +227,14 @@ def frechet(x: Tensor, mean: Tensor, covariance: Tensor) -> float:
 # ----------------------------------------------------------------------------------------------------------------------
 
 WORDS = ["", "two", *RELATIONS, *COLOURS, *SHAPES, *(f"{shape}s" for shape in SHAPES)]
-LENGTH, WIDTH = 5, 64  # of a caption, in words; of a word's embedding
-EMBEDDING = torch.randn(LENGTH, len(WORDS), WIDTH, generator=torch.Generator().manual_seed(7))  # frozen; by position
-BLOCK, CHANNELS = 4, 10  # a latent pixel stands for BLOCK x BLOCK pixels
+LENGTH, WIDTH = 5, 96  # of a caption, in words; of a word's embedding
+# Frozen, and by position: each word in each place has its own orthogonal direction, so that no two captions are alike.
+EMBEDDING = nn.init.orthogonal_(torch.empty(LENGTH * len(WORDS), WIDTH), generator=torch.Generator().manual_seed(7))
+EMBEDDING = EMBEDDING.view(LENGTH, len(WORDS), WIDTH) * WIDTH**0.5
+BLOCK, CHANNELS = 6, 12  # a latent pixel stands for BLOCK x BLOCK pixels
 SHAPE = (CHANNELS, SIZE // BLOCK, SIZE // BLOCK)
 
-HEADS = {"num_attention_heads": 4, "attention_head_dim": 32}
+HEADS = {"num_attention_heads": 4, "attention_head_dim": 16}
 # fmt: off
 NETWORKS = {  # the pipeline whose network it is, and its configuration
     "mmdit": (sid_fm.SD3, HEADS | {
@@ -245,7 +245,7 @@ NETWORKS = {  # the pipeline whose network it is, and its configuration
         "num_cross_attention_heads": 4, "caption_channels": WIDTH, "sample_size": SHAPE[1]}),
     "flux": (sid_fm.FLUX1, HEADS | {
         "in_channels": 4 * CHANNELS, "num_layers": 1, "num_single_layers": 3, "joint_attention_dim": WIDTH,
-        "pooled_projection_dim": WIDTH, "axes_dims_rope": [8, 12, 12]}),
+        "pooled_projection_dim": WIDTH, "axes_dims_rope": [4, 6, 6]}),
 }
 # fmt: on
 
@@ -306,7 +306,7 @@ class Autoencoder:
 
 BATCH = 64
 DROPPED = 0.1  # share of captions that the teacher's training replaces by the empty prompt
-TEACHER_LR, STUDENT_LR = 3e-3, 5e-4
+TEACHER_LR, FEW_STEP_LR, ONE_STEP_LR = 5e-3, 5e-4, 1e-3
 
 
 def draw_batch(autoencoder: Autoencoder, rng: torch.Generator) -> tuple[dict, Tensor]:
@@ -366,9 +366,8 @@ def distil(
     average = torch.optim.swa_utils.AveragedModel(
         student, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.98)
     )
-    optimizers = [
-        torch.optim.Adam(net.parameters(), lr=STUDENT_LR, betas=(0.0, 0.99), fused=True) for net in (student, fake)
-    ]
+    lr = ONE_STEP_LR if options["steps"] == 1 else FEW_STEP_LR
+    optimizers = [torch.optim.Adam(net.parameters(), lr=lr, betas=(0.0, 0.99), fused=True) for net in (student, fake)]
     schedules = [cosine(optimizer, iters) for optimizer in optimizers]
     rng, data = torch.Generator().manual_seed(seed), torch.Generator().manual_seed(seed + 1)
 
@@ -644,16 +643,16 @@ def parse() -> argparse.Namespace:
     add("--alpha", type=number(float), default=1.0, help="of the SiD loss (%(default)s)")
     add("--weight", choices=sid_fm.WEIGHTS, default="1-t", help="w(t) of the generator's loss (%(default)s)")
     add("--noise", choices=sid_fm.NOISES, default="fresh", help="between the student's steps (%(default)s)")
-    add("--guidance", type=number(float), default=2.5, help="of the teacher, and in distillation (%(default)s)")
-    add("--teacher-iters", type=number(int, 1), help="of the teacher's training (3600; with --quick 600)")
-    add("--iters", type=number(int, 3), help="of distillation (480; with --quick 45)")
+    add("--guidance", type=number(float), default=1.0, help="of the teacher, and in distillation (%(default)s)")
+    add("--teacher-iters", type=number(int, 1), help="of the teacher's training (4500; with --quick 900)")
+    add("--iters", type=number(int, 3), help="of distillation (2400; with --quick 150)")
     add("--samples", type=number(int, 100), help="a row of the table (500; with --quick 200)")
     add("--seed", type=number(int, 0), default=0, help="fixes everything (%(default)s)")
     add("--out", type=Path, default=Path("runs/dit_tiny"), help="folder of weights and figures (%(default)s)")
     add("--quick", action="store_true", help="a short run")
     args = parser.parse_args()
-    args.teacher_iters = args.teacher_iters or (600 if args.quick else 3600)
-    args.iters = args.iters or (45 if args.quick else 480)
+    args.teacher_iters = args.teacher_iters or (900 if args.quick else 4500)
+    args.iters = args.iters or (150 if args.quick else 2400)
     args.samples = args.samples or (200 if args.quick else 500)
     return args
 

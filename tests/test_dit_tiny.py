@@ -58,10 +58,11 @@ def test_a_wrong_picture_fails_in_the_category_that_is_wrong(scenes, pictures):
     other = score(centre=scenes.centre.flip(1))
     assert other["relation"] == 0 and other["count"] > 0.5
     noise = dit_tiny.accuracy(
-        dit_tiny.read_objects(torch.randn(100, 3, 24, 24, generator=rng())), dit_tiny.Scenes(*(x[:100] for x in scenes))
+        dit_tiny.read_objects(torch.randn(100, 3, dit_tiny.SIZE, dit_tiny.SIZE, generator=rng())),
+        dit_tiny.Scenes(*(x[:100] for x in scenes)),
     )
     assert noise["all"].sum() == 0
-    blank = dit_tiny.read_objects(dit_tiny.PALETTE[0][:, None, None].expand(3, 3, 24, 24))
+    blank = dit_tiny.read_objects(dit_tiny.PALETTE[0][:, None, None].expand(3, 3, dit_tiny.SIZE, dit_tiny.SIZE))
     assert len(blank.picture) == 0
 
 
@@ -72,7 +73,7 @@ def test_captions_say_what_is_drawn():
         colour=torch.tensor([[0, 1], [1, 1], [2, 0]]),
         shape=torch.tensor([[0, 0], [1, 1], [2, 1]]),
         radius=torch.full((3, 2), 4),
-        centre=torch.tensor([[[5, 5], [5, 5]], [[5, 5], [15, 5]], [[9, 5], [9, 17]]]),
+        centre=torch.tensor([[[6, 6], [6, 6]], [[6, 6], [18, 6]], [[18, 6], [6, 18]]]),
     )
     texts = ["red circle", "two green squares", "blue triangle above red square"]
     assert dit_tiny.captions(scenes) == texts
@@ -97,11 +98,9 @@ def test_diversity_is_the_entropy():
     caption = scenes.colour[:, 0] * 3 + scenes.shape[:, 0]
     one = bins[:, 0] >= 0
     assert one.sum() == (scenes.count[:4000] == 1).sum()  # and each at its true size and place
-    true = torch.cat([scenes.radius[:4000, :1] - dit_tiny.RADII[0], (scenes.centre[:4000, 0] - 5) // 2], 1)
-    # A triangle's tip is narrower than a pixel: its box may lose a row. Everything else is exact.
-    exact = one & (scenes.shape[:4000, 0] < 2)
-    assert (bins == true)[exact].all()
-    every = torch.cat([scenes.radius[:, :1] - dit_tiny.RADII[0], (scenes.centre[:, 0] - 5) // 2], 1)
+    true = torch.cat([scenes.radius[:4000, :1] - dit_tiny.RADII[0], scenes.centre[:4000, 0] // dit_tiny.CELL], 1)
+    assert (bins == true)[one].all()
+    every = torch.cat([scenes.radius[:, :1] - dit_tiny.RADII[0], scenes.centre[:, 0] // dit_tiny.CELL], 1)
     every = torch.where(scenes.count[:, None] == 1, every, -1)
     uniform = 1 + 2 * math.log2(dit_tiny.PLACES)
     # The correction leaves O(1 / N^2); the estimate's standard error is below sqrt(15 / 2) / N nats per entropy.
@@ -123,7 +122,7 @@ def test_fresh_pictures_of_the_same_captions(scenes):
     fresh = dit_tiny.draw_scenes_like(scenes, 0)
     right = dit_tiny.accuracy(dit_tiny.read_objects(dit_tiny.render(fresh)), scenes)
     assert all(value.nanmean() == 1 for value in right.values())
-    assert (fresh.centre != scenes.centre).any(-1).any(-1).float().mean() > 0.9
+    assert (fresh.centre != scenes.centre).any(-1).any(-1).float().mean() > 0.5
 
 
 @pytest.mark.parametrize("arch", dit_tiny.NETWORKS)
@@ -156,7 +155,7 @@ def main(monkeypatch, *args):
 
 @pytest.mark.slow
 def test_the_whole_of_it_in_miniature(monkeypatch, tmp_path, capsys):
-    arguments = ("--teacher-iters", 250, "--iters", 45, "--samples", 100, "--out", tmp_path)
+    arguments = ("--teacher-iters", 300, "--iters", 60, "--samples", 100, "--out", tmp_path)
     main(monkeypatch, *arguments)
     results = json.loads((tmp_path / "results.json").read_text())
     table = results["table"]
