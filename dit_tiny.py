@@ -569,13 +569,13 @@ def run(args: argparse.Namespace) -> None:
         tick(torch.tensor(line["all"][0]))
         return pictures, line
 
-    with workers("measuring", len(rows) + len(sweep) + len(first.copies)) as (submit, tick):
+    with workers("measuring", len(rows) + len(sweep) + len(dedicated.copies)) as (submit, tick):
         tick = tick("accuracy")
         lines = {name: (n, submit(fill, job, tick)) for name, (n, job) in rows.items()}
         guided = {g: submit(fill, partial(measure.sample, sampler), tick) for g, sampler in sweep.items()}
         along = {
-            i: submit(fill, partial(measure.sample, few_step(net, args.steps, args.noise, args.seed)), tick)
-            for i, net in first.copies.items()
+            i: submit(fill, partial(measure.sample, few_step(net, 1, args.noise, args.seed)), tick)
+            for i, net in dedicated.copies.items()
         }
         pictures = {name: job.result()[0] for name, (_, job) in lines.items()}
         table = {name: {"steps": n} | job.result()[1] for name, (n, job) in lines.items()}
@@ -598,7 +598,7 @@ def run(args: argparse.Namespace) -> None:
     panels = {name.replace(", ", "\n"): pictures[name][shown] for name in dict.fromkeys(names)}
     sid_fm.draw_samples(args.out / "samples.png", panels, [measure.texts[i] for i in shown])
     print(f"  drew {args.out / 'samples.png'}")
-    draw_convergence(args.out / "convergence.png", along, f"{free} student")
+    draw_convergence(args.out / "convergence.png", along, f"{one} student")
     best = {name: table[f"{name}, {plural(1 if name == one else args.steps)}"] for name in students}
     draw_guidance(args.out / "guidance.png", {g: guided[g] for g in sorted(guided)}, best, args.guidance)
     print(f"  {seconds:.0f} s in all")
