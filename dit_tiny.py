@@ -306,7 +306,11 @@ class Autoencoder:
 
 BATCH = 64
 DROPPED = 0.1  # share of captions that the teacher's training replaces by the empty prompt
-TEACHER_LR, FEW_STEP_LR, ONE_STEP_LR = 5e-3, 5e-4, 1e-3
+TEACHER_LR = 5e-3
+# Learning rates of the student and of its fake network, which has to keep up; and p(t), for which few steps want a little
+# less noise than the authors' law has.
+FEW_STEPS, ONE_STEP, DATA_AIDED = (5e-4, 2e-3), (1e-3, 3e-3), (2e-4, 2e-3)
+FEW_STEP_LAW = (0.0, 1.6)
 
 
 def draw_batch(autoencoder: Autoencoder, rng: torch.Generator) -> tuple[dict, Tensor]:
@@ -366,8 +370,12 @@ def distil(
     average = torch.optim.swa_utils.AveragedModel(
         student, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.98)
     )
-    lr = ONE_STEP_LR if options["steps"] == 1 else FEW_STEP_LR
-    optimizers = [torch.optim.Adam(net.parameters(), lr=lr, betas=(0.0, 0.99), fused=True) for net in (student, fake)]
+    one = options["steps"] == 1
+    rates = DATA_AIDED if start else ONE_STEP if one else FEW_STEPS
+    optimizers = [
+        torch.optim.Adam(net.parameters(), lr=lr, betas=(0.0, 0.99), fused=True)
+        for net, lr in zip((student, fake), rates)
+    ]
     schedules = [cosine(optimizer, iters) for optimizer in optimizers]
     rng, data = torch.Generator().manual_seed(seed), torch.Generator().manual_seed(seed + 1)
 
@@ -379,7 +387,8 @@ def distil(
     # Data-aided, the fake network first catches up with the student that it is given.
     wait, alone = (BATCH * iters // 10, BATCH * iters // 5) if start else (0, 0)
     copies, marks = {}, {*np.geomspace(1, iters, 12).astype(int).tolist()}
-    options = {"iters": iters, "rng": rng, "warmup": (wait, alone), "uncond": encode_text([""])} | options
+    options = {"law": sid_fm.SID_LAW if one else FEW_STEP_LAW, "iters": iters, "rng": rng} | options
+    options |= {"warmup": (wait, alone), "uncond": encode_text([""])}
     for measured in sid_fm.distill(teacher, student, fake, optimizers, batches(), (BATCH, *SHAPE), **options):
         schedules[1].step()
         if measured["images"] - BATCH >= wait:

@@ -10,6 +10,7 @@ The paper ends here. What follows is what it takes to run it on the teachers of 
     5. Autoencoders    KL (SD3, FLUX) and DC-AE (SANA)
     6. Text            prompts to conditions, on transformers' CLIP, T5 and Gemma-2
     7. Teachers        their names, loading them, saving and loading students
+    8. Scale           low-rank adapters, memory, many processes, state to resume from
    10. Command line    python sid_fm.py --teacher sd3-medium
 
 Notation, as in the paper: x_0 is clean data, e ~ N(0, I) noise, x_t = a(t) x_0 + s(t) e the noisy sample.
@@ -27,6 +28,7 @@ import errno
 import gc
 import hashlib
 import inspect
+import itertools
 import json
 import math
 import os
@@ -34,6 +36,7 @@ import random
 import re
 import shlex
 import shutil
+import signal
 import sys
 import tempfile
 import textwrap
@@ -169,12 +172,25 @@ def loss_factor(t: Tensor, path: str, predicts: str) -> Tensor:
     return (prediction_row(predicts, a, s, da, ds)[2] / s) ** 2
 
 
+class SharedGenerator(torch.Generator):
+    """A random generator of process `rank` among `world` that were given the same seed: each draws the numbers of the
+    whole batch and keeps its own rows, so that all of them together see what one process would."""
+
+    rank, world = 0, 1
+
+
+def draw(law: Callable, shape: tuple[int, ...], rng: torch.Generator | None, **options) -> Tensor:
+    """Numbers from law, torch.rand or torch.randn, of this shape; of a SharedGenerator its share of world times the rows."""
+    rank, world = (rng.rank, rng.world) if isinstance(rng, SharedGenerator) else (0, 1)
+    return law(world * shape[0], *shape[1:], generator=rng, **options)[rank * shape[0] : (rank + 1) * shape[0]]
+
+
 def draw_times(n: int, law: tuple[float, float] | None, path: str = "rf", rng: torch.Generator | None = None) -> Tensor:
     """n times on `path`: log(s/a) ~ N(*law), or uniform between T_MIN and the path's end where law is None. [n]"""
     device = rng.device if rng else None
     if law is None:
-        return T_MIN + (T_END[path] - T_MIN) * torch.rand(n, generator=rng, device=device)
-    ratio = (law[0] + law[1] * torch.randn(n, generator=rng, device=device)).exp()
+        return T_MIN + (T_END[path] - T_MIN) * draw(torch.rand, (n,), rng, device=device)
+    ratio = (law[0] + law[1] * draw(torch.randn, (n,), rng, device=device)).exp()
     return time_at(torch.ones_like(ratio), ratio, path)
 
 
@@ -358,7 +374,7 @@ LOSSES = ("sid", "dmd")
 
 def noise_like(x: Tensor, rng: torch.Generator | None = None) -> Tensor:
     """e ~ N(0, I), drawn where rng lives: a CPU generator gives the same numbers on every device."""
-    return torch.randn(x.shape, generator=rng, device=rng.device if rng else x.device, dtype=x.dtype).to(x.device)
+    return draw(torch.randn, x.shape, rng, device=rng.device if rng else x.device, dtype=x.dtype).to(x.device)
 
 
 def generate(
@@ -427,11 +443,34 @@ def set_trainable(optimizer: torch.optim.Optimizer, flag: bool) -> None:
             weight.requires_grad_(flag)
 
 
-def update(optimizer: torch.optim.Optimizer, loss: Tensor) -> None:
-    """One optimizer step down the gradient of loss."""
+def update(optimizer: torch.optim.Optimizer, losses: Iterable[Tensor]) -> Tensor:
+    """One optimizer step down the gradient of the sum of losses; each one's graph is let go before the next is asked for.
+
+    Where the gradient is not finite the step is skipped. Returns 1 then, else 0, as a tensor on the device, which fused
+    optimizers read there (others make the host wait).
+    """
     optimizer.zero_grad(set_to_none=True)
-    loss.backward()
-    optimizer.step()
+    for loss in losses:
+        loss.backward()
+    gradients = [w.grad for group in optimizer.param_groups for w in group["params"] if w.grad is not None]
+    norm = torch.nn.utils.get_total_norm(gradients)
+    norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # of all processes' shards
+    skipped = (~norm.isfinite()).float()
+    if optimizer.defaults.get("fused"):
+        optimizer.found_inf = skipped
+        optimizer.step()
+    elif not skipped:
+        optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return skipped
+
+
+def synchronised(net: nn.Module, objective: Callable, parts: list[tuple]) -> Iterator[Tensor]:
+    """The objective of each part of a batch. Processes that share a network add up their gradients once, at the last."""
+    for i, part in enumerate(parts):
+        if hasattr(net, "set_requires_gradient_sync"):
+            net.set_requires_gradient_sync(i == len(parts) - 1)
+        yield objective(*part)
 
 
 def distill(
@@ -450,7 +489,9 @@ def distill(
     guidance: float = 1.0,
     uncond: dict | None = None,
     law: tuple[float, float] | None = SID_LAW,
+    start: int = 0,
     iters: int = 1000,
+    accumulate: int = 1,
     sid_scale: float = 100.0,
     warmup: tuple[int, int] = (20_000, 40_000),
     rng: torch.Generator | None = None,
@@ -458,16 +499,19 @@ def distill(
     """The training loop: distils `teacher` into `student`. All three networks start as copies of the teacher.
 
     optimizers: the student's and the fake network's; Adam with betas (0, 0.999) in the paper. What they do not hold is
-    frozen here. batches yields, for each iteration, cond (a dict of tensors or None) and real (data-aided: clean samples
-    x_0 of that cond; data-free: None); the loop ends with it, or after `iters`. shape: of a batch of samples, (B, ...).
-    law: of the times t of both losses. guidance: "long and short", the same in the fake network's training and in both
-    networks of the generator's loss; the generator itself runs without. rng: where all noise, times and k come from.
+    frozen here. batches yields cond (a dict of tensors or None) and real (data-aided: clean samples x_0 of that cond;
+    data-free: None), `accumulate` times an iteration, and one step goes down the mean of their losses; the loop ends with
+    it, or after `iters`, counted from `start`. shape: of a batch of samples, (B, ...). law: of the times t of both losses.
+    guidance: "long and short", the same in the fake network's training and in both networks of the generator's loss; the
+    generator itself runs without. rng: where all noise and times come from; its seed fixes k.
     The generator's loss is sid_scale L_alpha (against Adam's eps). Data-aided it is (sid_scale L_alpha + adversarial) / 2,
     but the generator waits for the first warmup[0] images, and sees L_alpha alone until warmup[1].
 
     Yields after each iteration a dict of measurements, as tensors on the device: loss (L_alpha or DMD's), fisher (L1, an
-    estimate of the Fisher divergence: the number to watch), fake_loss, and data-aided discriminator and adversarial;
-    and the numbers iteration, images (seen so far) and k. Raises ValueError for an unknown loss, weight or noise.
+    estimate of the Fisher divergence: the number to watch), fake_loss, data-aided discriminator and adversarial, and
+    skipped (how many of the two updates were, as their gradient was not finite); and the numbers iteration, images (seen
+    so far, by all processes) and k. Nothing in an iteration waits for the device if the optimizers are fused. Raises
+    ValueError for an unknown loss, weight or noise.
     """
     known("loss", loss, LOSSES), known("weight", weight, WEIGHTS), known("noise", noise, NOISES)
     student_optimizer, fake_optimizer = optimizers
@@ -476,54 +520,73 @@ def distill(
     set_trainable(student_optimizer, True)
     weights = next(student.parameters())
     like = torch.empty(shape, device=weights.device, dtype=torch.promote_types(weights.dtype, torch.float32))
+    seed = rng.initial_seed() if rng else torch.initial_seed()
+    images = shape[0] * accumulate * getattr(rng, "world", 1)  # of an iteration
 
-    def generate_and_noise(cond: dict | None, k: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def generate_and_noise(cond: dict | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         x_g = generate(student, noise_like(like, rng), cond, steps, noise, stop_after=k, rng=rng)
         e, t = noise_like(like, rng), draw_times(shape[0], law, rng=rng).to(like)
         return x_g, e, t, add_noise(x_g, e, t)
 
-    for iteration, (cond, real) in zip(range(iters), batches):
-        images = iteration * shape[0]
-        # K = steps: the k-th output of a K-step run, k uniform. The mixture of all steps' outputs is matched to the data.
-        k = int(torch.randint(1, steps + 1, (), generator=rng, device=rng.device if rng else None))
-        measured = {"iteration": iteration, "images": images + shape[0], "k": k}
+    def record(name: str, value: Tensor) -> None:
+        measured[name] = measured.get(name, 0) + value.detach() / accumulate
 
-        # 1. The fake network learns the generator's distribution: flow matching on its samples. Data-aided, it learns
-        #    to tell them from real ones besides.
-        set_trainable(fake_optimizer, True)
+    # 1. The fake network learns the generator's distribution: flow matching on its samples. Data-aided, it learns to tell
+    #    them from real ones besides.
+    def fake_objective(cond: dict | None, real: Tensor | None) -> Tensor:
         with torch.no_grad():
-            x_g, e, t, x_t = generate_and_noise(cond, k)
+            x_g, e, t, x_t = generate_and_noise(cond)
         v, hidden = guided(fake, x_t, t, cond, uncond, guidance, features=real is not None)
-        fake_loss = measured["fake_loss"] = flow_matching_loss(v, x_g, e, t)
+        fake_loss = flow_matching_loss(v, x_g, e, t)
+        record("fake_loss", fake_loss)
         if real is not None:
             _, hidden_real = fake(add_noise(real, noise_like(real, rng), t), t, cond, features=True)
-            measured["discriminator"] = discriminator_loss(hidden_real, hidden, like[0].numel())
-            fake_loss = fake_loss + measured["discriminator"]
-        update(fake_optimizer, fake_loss)
+            discriminator = discriminator_loss(hidden_real, hidden, like[0].numel())
+            record("discriminator", discriminator)
+            fake_loss = fake_loss + discriminator
+        return fake_loss / accumulate
 
-        # 2. The generator follows L_alpha, both networks' weights held: gradients pass through their inputs alone.
-        set_trainable(fake_optimizer, False)
-        x_g, e, t, x_t = generate_and_noise(cond, k)
+    # 2. The generator follows L_alpha, both networks' weights held: gradients pass through their inputs alone.
+    def student_objective(cond: dict | None, real: Tensor | None) -> Tensor:
+        x_g, _, t, x_t = generate_and_noise(cond)
         if loss == "dmd" and real is None:
             x_t = x_t.detach()  # DMD sends nothing through the networks
         v_real, _ = guided(teacher, x_t, t, cond, uncond, guidance)
         v_fake, hidden = guided(fake, x_t, t, cond, uncond, guidance, features=real is not None)
         d_real, d_fake = (convert(v, x_t, t, "rf", "v", "x0") for v in (v_real, v_fake))
         w = loss_weight(weight, t, x_g, d_real)
-        measured["fisher"] = weighted((d_real - d_fake).detach().square(), w)
+        record("fisher", weighted((d_real - d_fake).detach().square(), w))
         if loss == "sid":
             student_loss = sid_loss(x_g, d_real, d_fake, t, alpha, weight)
         else:
             student_loss = dmd_loss(x_g, d_real, d_fake, t, weight)
-        measured["loss"] = student_loss
+        record("loss", student_loss)
         student_loss = sid_scale * student_loss
         if real is not None:
-            measured["adversarial"] = adversarial_loss(hidden, like[0].numel(), w)
-            if images >= warmup[1]:
-                student_loss = (student_loss + measured["adversarial"]) / 2
-        if real is None or images >= warmup[0]:
-            update(student_optimizer, student_loss)
-        yield {key: value.detach() if isinstance(value, Tensor) else value for key, value in measured.items()}
+            adversarial = adversarial_loss(hidden, like[0].numel(), w)
+            record("adversarial", adversarial)
+            if iteration * images >= warmup[1]:
+                student_loss = (student_loss + adversarial) / 2
+        return student_loss / accumulate
+
+    batches = iter(batches)
+    for iteration in range(start, iters):
+        parts = [*itertools.islice(batches, accumulate)]
+        if len(parts) < accumulate:
+            return
+        # K = steps: the k-th output of a K-step run, k uniform. The mixture of all steps' outputs is matched to the data.
+        k = random.Random(f"{seed} {iteration}").randint(1, steps)
+        measured = {"iteration": iteration, "images": (iteration + 1) * images, "k": k}
+        set_trainable(fake_optimizer, True)
+        skipped = update(fake_optimizer, synchronised(fake, fake_objective, parts))
+        set_trainable(fake_optimizer, False)
+        if parts[0][1] is None or iteration * images >= warmup[0]:
+            skipped = skipped + update(student_optimizer, synchronised(student, student_objective, parts))
+        else:  # the generator waits
+            with torch.no_grad():
+                for part in parts:
+                    student_objective(*part)
+        yield measured | {"skipped": skipped}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1865,16 +1928,19 @@ def locate(name_or_path: str | Path) -> tuple[Path, Family, dict]:
     return folder, PIPELINES[pipeline], {"timestep_scale": 0.001} if sprint else {}
 
 
-def count_weights(name_or_path: str) -> int:
-    """Of a teacher's network, from its configuration alone. Raises BadInput."""
+def describe(name_or_path: str, random_weights: bool = False) -> tuple[Family, dict, nn.Module]:
+    """What is known of a teacher before any weight is read: its family, its network's configuration, and its autoencoder
+    on the meta device; of a name nothing is downloaded. Raises BadInput, for a folder's weights that don't fit their
+    configuration too."""
     if name_or_path in NAMES:
         family = PIPELINES[NAMES[name_or_path].pipeline]
-        config = network_config(family, NAMES[name_or_path].network)
-    else:
-        folder, family, _ = locate(name_or_path)
-        config = read_json(folder / "transformer" / "config.json")
-    with torch.device("meta"):
-        return sum(p.numel() for p in build(family.backbone, config).parameters())
+        with torch.device("meta"):
+            return family, network_config(family, NAMES[name_or_path].network), build(family.autoencoder, family.latent)
+    if random_weights:
+        raise BadInput(f"random weights need one of the names {', '.join(NAMES)}, not {name_or_path}")
+    folder, family, override = locate(name_or_path)
+    net, _ = open_part(family.backbone, folder / "transformer", **override)
+    return family, net.config, open_part(family.autoencoder, folder / "vae")[0]
 
 
 def load_teacher(
@@ -1903,22 +1969,41 @@ def load_teacher(
     return Teacher(name, folder, family, *(fill_part(*part, device, dtype) for part in (dit, vae)), scheduler)
 
 
-def save_student(net: nn.Module, teacher: Teacher, folder: str | Path) -> None:
-    """Writes a student in the diffusers layout, config.json and safetensors: complete beside `folder`, then renamed."""
+def write(file: Path, content: Callable[[Path], object]) -> None:
+    """Written beside and renamed into place: a file is whole or absent. Raises OSError; of a full disk with ENOSPC."""
+    part = file.with_name(f".{file.name}.part")
+    try:
+        content(part)
+        part.replace(file)
+    except BaseException as error:
+        part.unlink(missing_ok=True)
+        if "os error 28" in str(error) or "No space left" in str(error):  # as safetensors tells it
+            raise OSError(errno.ENOSPC, "the disk is full") from None
+        raise
+
+
+def save_student(net: nn.Module, teacher: Teacher | None, folder: str | Path) -> None:
+    """Writes a student in the diffusers layout, config.json and safetensors, each file whole or not at all; adapters are
+    merged, and kept beside it as the file that diffusers' load_lora_weights reads. Where processes share the network all
+    must call this, and the first one writes.
+
+    Floating-point weights are written in the dtype of the teacher's (as they are where teacher is None).
+    """
     from safetensors.torch import save_file
 
+    weights, adapters = plain_weights(net)
+    if processes()[0] > 0:
+        return
     folder = Path(folder)
-    new, old = (folder.with_name(f"{folder.name}.{what}") for what in ("new", "old"))
-    shutil.rmtree(new, ignore_errors=True)
-    new.mkdir(parents=True)
-    weights = {key: value.detach().contiguous() for key, value in net.state_dict().items()}
-    save_file(weights, new / "diffusion_pytorch_model.safetensors", metadata={"format": "pt"})
-    (new / "config.json").write_text(json.dumps(net.config, indent=2) + "\n", encoding="utf-8")
-    shutil.rmtree(old, ignore_errors=True)
-    if folder.exists():
-        folder.rename(old)
-    new.rename(folder)
-    shutil.rmtree(old, ignore_errors=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    dtype = teacher.weights.dtype if teacher else None
+    weights = {key: value.to("cpu", dtype).contiguous() for key, value in weights.items()}
+    for name, tensors in (("pytorch_lora_weights", adapters), ("diffusion_pytorch_model", weights)):
+        if tensors:
+            write(folder / f"{name}.safetensors", partial(save_file, tensors, metadata={"format": "pt"}))
+    write(
+        folder / "config.json", lambda file: file.write_text(json.dumps(net.config, indent=2) + "\n", encoding="utf-8")
+    )
 
 
 def as_student(net: nn.Module) -> nn.Module:
@@ -1937,7 +2022,324 @@ def load_student(folder_or_hub_id: str | Path, teacher: Teacher) -> nn.Module:
         raise BadInput(f"{folder} is a {config.get('_class_name')}, and {teacher.name} a {expected['_class_name']}")
     override = {"timestep_scale": expected["timestep_scale"]} if "timestep_scale" in expected else {}
     part = open_part(teacher.family.backbone, folder, **override)
-    return as_student(fill_part(*part, teacher.weights.device, teacher.weights.dtype))
+    return as_student(fill_part(*part, next(teacher.dit.parameters()).device, teacher.weights.dtype))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 8. Scale: memory, many processes, runs that survive
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def blocks_of(net: nn.Module) -> list[nn.Module]:
+    """The blocks of a backbone: what is recomputed, gathered and adapted one at a time."""
+    return [*net.transformer_blocks, *getattr(net, "single_transformer_blocks", ())]
+
+
+class AdaptedLinear(nn.Module):
+    """y = W x + b + B A x: a linear layer that is shared and frozen, and a low-rank adapter (arXiv 2106.09685) of float32
+    on it. B starts at zero, so the adapted layer starts as the shared one."""
+
+    def __init__(self, shared: nn.Linear, rank: int):
+        super().__init__()
+        self.weight, self.bias = shared.weight, shared.bias
+        width, device = max(torch.float32, shared.weight.dtype, key=lambda dtype: dtype.itemsize), shared.weight.device
+        self.lora_A = nn.Linear(shared.in_features, rank, bias=False, device=device, dtype=width)
+        self.lora_B = nn.Linear(rank, shared.out_features, bias=False, device=device, dtype=width)
+        nn.init.zeros_(self.lora_B.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight, self.bias) + self.lora_B(self.lora_A(x))
+
+
+def adapt(net: nn.Module, rank: int) -> nn.Module:
+    """A network of its own modules on the very weights of `net`, with an adapter on each linear layer of its blocks.
+
+    Teacher, student and fake network so hold one copy of the weights; which adapters are on is which network is called.
+    """
+    twin = copy.deepcopy(net, {id(x): x for x in (*net.parameters(), *net.buffers())})
+    for block in blocks_of(twin):
+        for parent in [*block.modules()]:
+            for name, layer in [*parent.named_children()]:
+                if type(layer) is nn.Linear:
+                    setattr(parent, name, AdaptedLinear(layer, rank))
+    return twin
+
+
+def trained(net: nn.Module) -> list[nn.Parameter]:
+    """The weights of a student or fake network that are trained: its adapters, if it has any, else all."""
+    adapters = [m for m in net.modules() if isinstance(m, AdaptedLinear)]
+    return [w for m in adapters for w in (m.lora_A.weight, m.lora_B.weight)] or [*net.parameters()]
+
+
+def plain_weights(net: nn.Module) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """A network's tensors under the checkpoint's names, adapters merged, W + B A; and the adapters in the layout of
+    diffusers' LoRA files. Of a network that processes share the first one gets all, the others nothing."""
+    if processes()[1] > 1:
+        from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
+        whole = StateDictOptions(full_state_dict=True, cpu_offload=True)
+        weights, adapters = get_model_state_dict(net, options=whole), {}
+    else:
+        weights, adapters = net.state_dict(), {}
+    if weights:
+        for name, module in net.named_modules():
+            if isinstance(module, AdaptedLinear):
+                A, B = (weights.pop(f"{name}.lora_{x}.weight").cpu() for x in "AB")
+                adapters |= {f"transformer.{name}.lora_A.weight": A, f"transformer.{name}.lora_B.weight": B}
+                W = weights[f"{name}.weight"]
+                weights[f"{name}.weight"] = (W.to(B) + B @ A).to(W)
+    return {key: value.detach() for key, value in weights.items()}, {key: x.detach() for key, x in adapters.items()}
+
+
+def recompute_blocks(net: nn.Module) -> None:
+    """Activation checkpointing: of each block only the input is kept, and backward runs it again."""
+    from torch.utils.checkpoint import checkpoint
+
+    for block in blocks_of(net):
+        block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+
+
+def compute_in(net: nn.Module, device: str, dtype: torch.dtype) -> None:
+    """Matrix products in dtype, whatever the weights'. Around each call, so that no rounded weight outlives an update."""
+    if dtype != torch.float32:
+        net.forward = torch.autocast(device, dtype)(net.forward)
+
+
+# Memory
+
+
+def kept_by_autograd(net: nn.Module, x_t: Tensor, cond: dict) -> tuple[int, int]:
+    """Bytes that one evaluation of `net` (on the meta device: nothing is computed) keeps for its backward: with all
+    activations, and with recompute_blocks, which keeps the inputs of blocks and one block's activations at a time."""
+    weights = {w.untyped_storage()._cdata for w in net.parameters()}
+    kept: list[dict] = [{}]  # storages: of what is outside blocks, then of each block
+    inputs: dict = {}
+    inside = [0]
+
+    def enter(block: nn.Module, args: tuple) -> None:
+        inputs.update({x.untyped_storage()._cdata: x for x in args if isinstance(x, Tensor)})
+        kept.append({})
+        inside[0] = len(kept) - 1
+
+    def leave(*_: object) -> None:
+        inside[0] = 0
+
+    def keep(x: Tensor) -> Tensor:
+        if x.untyped_storage()._cdata not in weights:
+            kept[inside[0]][x.untyped_storage()._cdata] = x
+        return x
+
+    hooks = [
+        hook for b in blocks_of(net) for hook in (b.register_forward_pre_hook(enter), b.register_forward_hook(leave))
+    ]
+    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        net(x_t.requires_grad_(), x_t.new_empty(len(x_t)), cond)
+    for hook in hooks:
+        hook.remove()
+
+    def size(*parts: dict) -> int:
+        return sum(x.untyped_storage().nbytes() for x in {key: x for part in parts for key, x in part.items()}.values())
+
+    return size(*kept), size(kept[0], inputs) + max(size(part) for part in kept[1:])
+
+
+def memory_needed(
+    family: Family,
+    config: dict,
+    shape: tuple[int, ...],
+    *,
+    dtype: torch.dtype,
+    rank: int = 0,
+    guidance: float = 1.0,
+    tokens: int | None = None,
+    world: int = 1,
+) -> dict[str, float]:
+    """Bytes by part that distillation takes on each device: weights (three networks, the teacher in dtype, what is trained
+    in float32), gradients (of one network at a time), Adam's moments (of two), and the activations of the generator's
+    update, "recomputed" as far as recompute_blocks leaves them. shape: of a batch of latents, (B, C, h, w)."""
+    with torch.device("meta"):
+        net = build(family.backbone, config).to(dtype)
+        size = sum(p.numel() for p in net.parameters())
+        count = sum(p.numel() for p in trained(adapt(net, rank) if rank else net))
+    width = {"text": config.get("joint_attention_dim", config.get("caption_channels")), "mask": 0}
+    width["pooled"] = config.get("pooled_projection_dim")
+    activations = [0, 0]
+    doubled = 1 if guidance == 1 else 2
+    # The generator's graph holds gradients of weights, the two networks behind it of inputs alone.
+    for rows, weights_too in ((shape[0], not rank), (2 * doubled * shape[0], False)):
+        cond = {}
+        for name, (length, *rest) in family.conditions.items():
+            sizes = (tokens or length, *[width[name]] * len(rest)) if name != "pooled" else (width[name],)
+            cond[name] = torch.empty(rows, *sizes, device="meta", dtype=dtype)
+        x_t = torch.empty(rows, *shape[1:], device="meta")
+        activations = [a + b for a, b in zip(activations, kept_by_autograd(net.requires_grad_(weights_too), x_t, cond))]
+    return {
+        "weights": (size * dtype.itemsize + 2 * count * 4) / world,
+        "gradients": count * 4 / world,
+        "optimiser": 2 * count * 8 / world,
+        "activations": float(activations[0]),
+        "recomputed": float(activations[1]),
+    }
+
+
+def device_memory(device: str) -> float:
+    """Bytes of the device, of the machine for a CPU; infinite where that can't be known."""
+    if device == "cuda":
+        return float(torch.cuda.mem_get_info()[1])
+    if device == "mps":
+        return float(torch.mps.recommended_max_memory())
+    return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")) if hasattr(os, "sysconf") else math.inf
+
+
+# Many processes: torchrun starts them, FSDP2 shards the networks among them
+
+
+def processes() -> tuple[int, int]:
+    """This process's rank, and how many there are."""
+    import torch.distributed as dist
+
+    there = dist.is_available() and dist.is_initialized()
+    return (dist.get_rank(), dist.get_world_size()) if there else (0, 1)
+
+
+def join(device: str) -> None:
+    """Joins the processes that torchrun started, if it did. On CUDA each has a GPU of its own."""
+    if "TORCHELASTIC_RUN_ID" in os.environ and processes()[1] == 1:
+        if device == "cuda":
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        torch.distributed.init_process_group("nccl" if device == "cuda" else "gloo")
+
+
+def local(x: Tensor) -> Tensor:
+    """What this process holds of a tensor."""
+    return x.to_local() if hasattr(x, "to_local") else x
+
+
+def shard(
+    net: nn.Module, device: str, dtype: torch.dtype | None = None, compute: torch.dtype | None = None
+) -> nn.Module:
+    """A copy of `net` of which each process holds its part, with trained weights in dtype: FSDP2 gathers a block when it
+    is called, cast to `compute`, and adds gradients up in float32. Rows are dealt out as torch.chunk does."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    rank, world = processes()
+    ours = {id(w) for w in trained(net)}
+    memo = {
+        id(w): nn.Parameter(
+            torch.empty_like(w, device="meta", dtype=dtype if id(w) in ours else None), requires_grad=False
+        )
+        for w in net.parameters()
+    }
+    twin = copy.deepcopy(net, memo)
+    # Inputs keep their dtypes: times and rotations are float32 whatever the weights are.
+    mixed = MixedPrecisionPolicy(compute, torch.float32 if compute else None, cast_forward_inputs=False)
+    options = {"mesh": init_device_mesh(device, (world,)), "mp_policy": mixed}
+    for part in (*blocks_of(twin), twin):
+        fully_shard(part, **options)
+    buffers = [x.clone() for x in net.buffers()]
+    twin.to_empty(device=device)
+    with torch.no_grad():
+        for x, source in zip(twin.buffers(), buffers):
+            x.copy_(source)
+        for w, source in zip(twin.parameters(), net.parameters()):
+            rows = source.chunk(world)
+            if rank < len(rows):
+                local(w).copy_(rows[rank])
+    return twin
+
+
+# State to resume from: state/ITERATION/RANK.safetensors, one a process, and state/state.json, which names the iteration.
+# That file is what makes a state: it is written when all others are, and only then the former ones go.
+
+
+def state_of(
+    nets: dict[str, nn.Module], optimizers: Iterable, generators: dict[str, torch.Generator]
+) -> dict[str, Tensor]:
+    """Trained weights, the optimizers' moments, random states: this process's, by name."""
+    tensors = {f"random.{name}": rng.get_state() for name, rng in generators.items()}
+    for (role, net), optimizer in zip(nets.items(), optimizers):
+        ours = {id(w) for group in optimizer.param_groups for w in group["params"]}
+        for name, w in net.named_parameters():
+            if id(w) in ours:
+                entries = {"": w.detach()} | {f":{key}": x for key, x in optimizer.state[w].items()}
+                tensors |= {f"{role}.{name}{key}": local(x).cpu().contiguous() for key, x in entries.items()}
+    return tensors
+
+
+def save_state(folder: Path, iteration: int, settings: dict, *state: object) -> None:
+    """Written beside what is there, which stays good until this is whole. state: the arguments of state_of."""
+    from safetensors.torch import save_file
+
+    rank, world = processes()
+    new = folder / f"{iteration:07d}"
+    new.mkdir(parents=True, exist_ok=True)
+    write(new / f"{rank}.safetensors", partial(save_file, state_of(*state)))
+    if world > 1:
+        torch.distributed.barrier()
+    if rank == 0:
+        notes = {"iteration": iteration, "processes": world, "settings": settings}
+        write(folder / "state.json", lambda file: file.write_text(json.dumps(notes, indent=2) + "\n", encoding="utf-8"))
+        for old in folder.iterdir():
+            if old.is_dir() and old != new:
+                shutil.rmtree(old, ignore_errors=True)
+
+
+def load_state(folder: Path, settings: dict, nets: dict, optimizers: Iterable, generators: dict) -> int:
+    """Puts a state back where save_state took it from, and returns its iteration. Raises BadInput where there is none, or
+    it is of other settings or of another number of processes."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    rank, world = processes()
+    if not (folder / "state.json").is_file():
+        raise BadInput(f"--resume: {folder} holds no state of a run; leave --resume out to start one")
+    notes = read_json(folder / "state.json")
+    if notes["processes"] != world:
+        raise BadInput(f"--resume: the run had {notes['processes']} processes and this one has {world}: start as many")
+    other = [
+        f"--{key.replace('_', '-')} was {notes['settings'].get(key)}"
+        for key in settings
+        if settings[key] != notes["settings"].get(key)
+    ]
+    if other:
+        raise BadInput(f"--resume: the run in {folder.parent} had other settings: {', '.join(other)}")
+    file = folder / f"{notes['iteration']:07d}" / f"{rank}.safetensors"
+    try:
+        tensors = load_file(file)
+    except (OSError, SafetensorError) as error:
+        raise BadInput(f"{file} can't be read ({error}): leave --resume out to start again") from None
+    for name, rng in generators.items():
+        rng.set_state(tensors.pop(f"random.{name}"))
+    with torch.no_grad():
+        for (role, net), optimizer in zip(nets.items(), optimizers):
+            for name, w in net.named_parameters():
+                entries = {key.rpartition(":")[2]: x for key, x in tensors.items() if key.startswith(f"{role}.{name}:")}
+                if f"{role}.{name}" in tensors:
+                    local(w).copy_(tensors[f"{role}.{name}"])
+                for key, x in entries.items():
+                    if key == "step":
+                        optimizer.state[w][key] = x.to(w.device if optimizer.defaults.get("fused") else "cpu")
+                    else:
+                        local(optimizer.state[w].setdefault(key, torch.zeros_like(w))).copy_(x)
+    return notes["iteration"]
+
+
+@contextlib.contextmanager
+def signals() -> Iterator[list[int]]:
+    """The first Ctrl-C or SIGTERM joins a list, to be dealt with when an iteration is done; the second ends the process."""
+    caught: list[int] = []
+
+    def catch(number: int, frame: object) -> None:
+        caught.append(number)
+        signal.signal(number, former[number])
+
+    former = {number: signal.signal(number, catch) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield caught
+    finally:
+        for number, handler in former.items():
+            signal.signal(number, handler)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -2073,13 +2475,6 @@ def make_room(folder: Path, needed: int) -> None:
     folder.mkdir(exist_ok=True)
 
 
-def write(file: Path, content: Callable[[Path], object]) -> None:
-    """Written beside and renamed into place: a file is whole or absent."""
-    part = file.with_name(f".{file.name}.part")
-    content(part)
-    part.replace(file)
-
-
 def to_pixels(images: Tensor):
     """[B, 3, H, W] in [-1, 1] -> numpy [B, H, W, 3] of bytes."""
     return ((images.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
@@ -2132,7 +2527,7 @@ def draw_losses(file: Path, log: list[dict]) -> None:
     figure, axes = plt.subplots(1, len(names), figsize=(3.6 * len(names), 3))
     width = max(1, len(log) // 20)  # of the running mean
     for ax, (name, label) in zip(axes, names.items()):
-        y = np.array([row[name] for row in log])
+        y = np.array([row[name] for row in log], dtype=float)
         ax.plot(images, y, ".", ms=2, alpha=0.3, color="tab:blue")
         ax.plot(images[width - 1 :], np.convolve(y, np.ones(width) / width, "valid"), color="tab:blue")
         ax.set(xlabel="images seen", yscale="log" if name == "fisher" and (y > 0).any() else "linear")
@@ -2142,8 +2537,9 @@ def draw_losses(file: Path, log: list[dict]) -> None:
 
 
 def fail(message: object, status: int = 2) -> NoReturn:
-    """One line; exit status 2 for bad input."""
-    print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
+    """One line, of the first process alone; exit status 2 for bad input."""
+    if os.environ.get("RANK", "0") == "0":
+        print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
     raise SystemExit(status)
 
 
@@ -2194,7 +2590,11 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--seed", type=number(int, 0), default=0, help="of prompts, their order and all noise (%(default)s)")
     add("--out", type=Path, help="the run's folder (runs/NAME, runs/NAME-data); with --sample, a picture's name")
     add("--device", choices=("cuda", "mps", "cpu"), help="(the first of these that is there)")
-    add("--dtype", choices=("bf16", "fp32"), help="of weights and activations (bf16 on cuda, else fp32)")
+    add(
+        "--dtype",
+        choices=("bf16", "fp32"),
+        help="of activations, and of weights that are not trained (cuda bf16, else fp32)",
+    )
     add("--random-weights", action="store_true", help="the named teacher at its true size, without a download")
     add("--instruction", type=Path, metavar="FILE", help="SANA: the text that stands before every prompt")
     add(
@@ -2208,13 +2608,21 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--prompts", type=Path, metavar="FILE", help="one prompt a line (composed from a small grammar)")
     add("--data", type=Path, metavar="FOLDER", help="images with captions: adds the adversarial term")
     add("--iters", type=number(int, 1), default=2000, help="(%(default)s)")
-    add("--batch", type=number(int, 1), default=4, help="(%(default)s; the authors' is 256)")
-    add("--lr", type=number(float, 1e-12), help="(bf16 1e-5, fp32 1e-6; SANA 5e-6)")
+    add("--batch", type=number(int, 1), default=4, help="of each process at a time (%(default)s; the authors' is 256)")
+    add("--accumulate", type=number(int, 1), default=1, help="batches to an iteration (%(default)s)")
+    add("--lora", type=number(int, 1), metavar="RANK", help="train low-rank adapters on one frozen copy of the weights")
+    add("--lr", type=number(float, 1e-12), help="(1e-6, SANA 5e-6; with --lora ten times that)")
     add("--loss", choices=LOSSES, default="sid", help="of the generator (%(default)s)")
     add("--alpha", type=number(float), default=1.0, help="of the SiD loss (%(default)s)")
     add("--weight", choices=WEIGHTS, default="1-t", help="w(t) of the generator's loss (%(default)s)")
     add("--noise", choices=NOISES, default="fresh", help="between the student's steps (%(default)s)")
-    add("--save-every", type=number(int, 1), default=250, help="iterations between pictures and students (%(default)s)")
+    add(
+        "--save-every",
+        type=number(int, 1),
+        default=250,
+        help="iterations between states, students, pictures (%(default)s)",
+    )
+    add("--resume", action="store_true", help="go on where the run in --out was")
 
     sampling = parser.add_argument_group("sampling")
     sampling.add_argument("--sample", action="append", metavar="PROMPT", help="draw this; repeat for more")
@@ -2222,38 +2630,74 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def prepare(args: argparse.Namespace) -> Teacher:
-    """The teacher, on the device and in the dtype asked for."""
+    """The teacher, on the device and in the dtype asked for, once it is known to fit. Raises BadInput."""
     there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     args.device = args.device or next(device for device, present in there.items() if present)
     if not there[args.device]:
         raise BadInput(f"--device {args.device}: this machine has none; give --device cpu, or leave it out")
+    join(args.device)
     args.dtype = args.dtype or ("bf16" if args.device == "cuda" else "fp32")
     dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[args.dtype]
-    if args.device == "cpu":
-        say_what_a_cpu_needs(args, dtype)
-    teacher = load_teacher(args.teacher, args.device, dtype, args.random_weights)
-    args.resolution = args.resolution or teacher.resolution
+    family, config, autoencoder = describe(args.teacher, args.random_weights)
     if args.guidance is None:
-        args.guidance = 1.0 if teacher.embeds_guidance else 4.5
+        args.guidance = 1.0 if config.get("guidance_embeds") else 4.5
+    args.recompute = weigh(args, family, config, autoencoder, dtype)
+    # Networks that processes share go to their devices in parts.
+    teacher = load_teacher(args.teacher, "cpu" if processes()[1] > 1 else args.device, dtype, args.random_weights)
+    if processes()[1] > 1:
+        teacher.weights = next(teacher.vae.to(args.device).parameters())
+    args.resolution = args.resolution or teacher.resolution
     if args.instruction is not None:
         teacher.instruction = read_text(args.instruction).removesuffix("\n")
     return teacher
 
 
-def say_what_a_cpu_needs(args: argparse.Namespace, dtype: torch.dtype) -> None:
-    """A billion weights without a GPU: what it takes, before it starts. Raises BadInput where memory can't hold it."""
-    if args.teacher not in NAMES and not Path(args.teacher).is_dir():
-        return  # on the Hub, and nothing is known of it yet
-    weights = count_weights(args.teacher)
-    # Distillation holds three networks, and for two of them a gradient and Adam's two moments.
-    needed = weights * dtype.itemsize * ((2 if args.student else 1) if args.sample else 9)
-    line = f"{args.teacher} has {weights / 1e9:.2f} billion weights: on this CPU in {args.dtype} they take "
-    line += f"{needed / 1e9:.0f} GB of memory, besides text encoders and activations"
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else math.inf
-    if needed > memory:
-        raise BadInput(f"{line}; this machine has {memory / 1e9:.0f} GB: use a GPU, --dtype bf16 or a smaller teacher")
-    if weights > 1e9:
-        print(f"{line}, and hours where a GPU takes minutes", file=sys.stderr)
+def weigh(args: argparse.Namespace, family: Family, config: dict, autoencoder: nn.Module, dtype: torch.dtype) -> bool:
+    """Says what memory a run takes, by part, before anything is loaded. Raises BadInput where it is more than there is.
+    Returns whether blocks must be recomputed for it to fit."""
+    with torch.device("meta"):
+        net = build(family.backbone, config)
+    count = sum(p.numel() for p in net.parameters())
+    have, world = device_memory(args.device), processes()[1]
+    if args.sample:
+        parts = {"weights": count * dtype.itemsize * (2 if args.student else 1)}
+    else:
+        size = config.get("sample_size") or autoencoder.config.get("sample_size", 1024) // autoencoder.downscale
+        size = args.resolution // autoencoder.downscale if args.resolution else size
+        size = min(max(1, size // net.patch_size), getattr(net, "max_size", size + 1)) * net.patch_size
+        options = {
+            "dtype": dtype,
+            "rank": args.lora or 0,
+            "guidance": args.guidance,
+            "tokens": args.tokens,
+            "world": world,
+        }
+        parts = memory_needed(family, config, (args.batch, autoencoder.latent_channels, size, size), **options)
+    recomputed = parts.pop("recomputed", None)
+    recompute = recomputed is not None and sum(parts.values()) > 0.85 * have  # the rest is for what no formula sees
+    if recompute:
+        parts["activations"] = recomputed
+    needed = sum(parts.values())
+    where = f"{args.device} has" if args.device == "cuda" else "this machine has"
+    line = f"{args.teacher}, {count / 1e9:.2f} billion weights, takes {needed / 1e9:.1f} GB of memory in {args.dtype}"
+    line += f" ({', '.join(f'{name} {size / 1e9:.1f}' for name, size in parts.items())}"
+    line += ", blocks recomputed)" if recompute else ")"
+    line += f" besides text encoders and autoencoder; {where} {have / 1e9:.1f} GB"
+    if needed > have:
+        advice = ["more processes", "a smaller teacher"]
+        if not args.sample:
+            if not args.lora:
+                advice.insert(0, "--lora 16")
+            if args.batch > 1:
+                advice.insert(0, f"--batch 1 --accumulate {args.batch * args.accumulate}")
+        if args.dtype == "fp32":
+            advice.insert(0, "--dtype bf16")
+        raise BadInput(f"{line}: try {', '.join(advice)}")
+    if needed > 2e9 and processes()[0] == 0:
+        print(line, file=sys.stderr)
+        if args.device == "cpu" and count > 1e9:
+            print("on a CPU this takes hours where a GPU takes minutes", file=sys.stderr)
+    return recompute
 
 
 def sample(args: argparse.Namespace) -> None:
@@ -2320,7 +2764,7 @@ def encode_once(
             [*key, args.tokens, teacher.instruction],
         )
     teacher.forget_text()
-    if caught:  # not one warning for every few prompts
+    if caught and processes()[0] == 0:  # not one warning for every few prompts
         more = f" (and {len(caught) - 1} more such warnings)" if caught[1:] else ""
         warnings.warn(f"{caught[0].message}{more}", stacklevel=2)
     return texts, pictures
@@ -2330,95 +2774,233 @@ def train(args: argparse.Namespace) -> None:
     """Distils the teacher into a student, and shows how it goes."""
     from tqdm import tqdm
 
-    given, total = copy.copy(args), args.iters * args.batch
+    given = copy.copy(args)
     out = args.out or Path("runs") / (Path(args.teacher).resolve().name + ("-data" if args.data else ""))
     if args.data and args.prompts:
         raise BadInput("--prompts and --data together: with --data the prompts are its captions")
+    if args.resume and not (out / "state" / "state.json").is_file():
+        raise BadInput(f"--resume: {out} holds no state of a run; leave --resume out to start one")
     captions = read_captions(args.data) if args.data else {}
     if args.data:
         prompts = list(captions.values())
+    elif args.prompts:
+        prompts = read_prompts(args.prompts)
     else:
-        prompts = read_prompts(args.prompts) if args.prompts else compose(min(total, 2048), args.seed)
+        prompts = compose(min(args.iters * args.batch * args.accumulate, 2048), args.seed)
     make_folder(out)
     teacher = prepare(args)
+    rank, world = processes()
+    per_iteration = world * args.accumulate * args.batch
+    total = args.iters * per_iteration
     steps = args.steps = args.steps or 4
+    dtype = teacher.weights.dtype
     shape = (args.batch, *teacher.latent_shape(args.resolution))
-    student = load_student(args.student, teacher) if args.student else None
+    student = load_student(args.student, teacher) if args.student else copy.deepcopy(teacher.dit)
 
+    if world > 1 and rank > 0:
+        torch.distributed.barrier()  # the first process encodes, the others find it done
     texts, pictures = encode_once(args, teacher, out / "cache", prompts, list(captions))
-    student = student or as_student(copy.deepcopy(teacher.dit))
-    fake = copy.deepcopy(teacher.dit)
+    if world > 1 and rank == 0:
+        torch.distributed.barrier()
+
+    # Three networks: copies of the teacher, or adapters on its very weights. What is trained is float32, because bf16
+    # rounds away updates of 1e-5 and less.
+    if args.lora:
+        torch.manual_seed(args.seed)
+        start = student
+        student, fake = adapt(start, args.lora), adapt(teacher.dit, args.lora)
+    else:
+        fake = teacher.dit if world > 1 else copy.deepcopy(teacher.dit)
+    if world > 1:
+        whole = {"teacher": teacher.dit, "student": student, "fake": fake}
+        nets = [
+            shard(
+                net,
+                args.device,
+                None if role == "teacher" else torch.float32,
+                dtype if dtype != torch.float32 else None,
+            )
+            for role, net in whole.items()
+        ]
+        teacher.dit, student, fake = nets
+        del whole
+    else:
+        for net in (student, fake):
+            for w in trained(net):
+                w.data = w.data.float()
+            compute_in(net, args.device, dtype)
+    for net in (teacher.dit, student, fake) if args.recompute else ():
+        recompute_blocks(net)
+    as_student(student)
 
     def on_device(rows: dict[str, Tensor]) -> dict[str, Tensor]:
         return {name: x.to(args.device) for name, x in rows.items()}
 
+    def shared_generator(device: str) -> SharedGenerator:
+        rng = SharedGenerator(device)
+        rng.rank, rng.world = rank, world
+        return rng.manual_seed(args.seed)
+
+    order, rng = shared_generator("cpu"), shared_generator(args.device)
+
     def batches() -> Iterator[tuple[dict, Tensor | None]]:
-        order = torch.Generator().manual_seed(args.seed)
         while True:
-            picks = torch.randint(len(prompts), (args.batch,), generator=order).tolist()
+            u = draw(torch.rand, (args.batch,), order, dtype=torch.float64)
+            picks = (u * len(prompts)).long().tolist()
             real = on_device(pictures[picks])["x_0"] if args.data else None
             yield on_device(texts[[1 + i for i in picks]]), real
 
-    # The authors' rates and eps for bf16 weights and for fp32 weights (SANA's, which they train in fp32, for both).
-    rate, eps = (1e-5, 1e-4) if args.dtype == "bf16" else (1e-6, 1e-8)
-    args.lr = args.lr or (5e-6 if teacher.family.kind == "sana" else rate)
-    settings = {"lr": args.lr, "betas": (0.0, 0.999), "eps": eps, "fused": args.device == "cuda"}
-    optimizers = tuple(torch.optim.Adam(net.parameters(), **settings) for net in (student, fake))
+    args.lr = args.lr or (5e-6 if teacher.family.kind == "sana" else 1e-6) * (10 if args.lora else 1)
+    settings = {"lr": args.lr, "betas": (0.0, 0.999), "eps": 1e-8, "fused": args.device != "mps"}
+    optimizers = tuple(torch.optim.Adam(trained(net), **settings) for net in (student, fake))
+    record = {key: value for key, value in vars(args).items() if key not in PASSING}
+    record = json.loads(json.dumps(record, default=str))
+    state = {"student": student, "fake": fake}, optimizers, {"order": order, "noise": rng}
+    first, log = 0, []
+    if args.resume:
+        first = load_state(out / "state", record, *state)
+        log = read_log(out / "log.jsonl", first)
     uncond = on_device(texts[[0]])
     shown = prompts[:4]
     cond = on_device(texts[list(range(1, 1 + len(shown)))])
     picture_rng = torch.Generator().manual_seed(args.seed)
     z = noise_like(torch.empty(len(shown), *shape[1:], device=args.device), picture_rng)
-    theirs = teacher.decode(teacher.sample(z, cond, uncond, guidance=args.guidance, rng=picture_rng))
-    note = " (random weights)" if args.random_weights else ""
-    log: list[dict] = []
-    write(out / "args.json", lambda file: file.write_text(json.dumps(vars(args), indent=2, default=str) + "\n"))
-    (out / "log.jsonl").write_text("")
 
-    def checkpoint(images: int) -> None:
-        picture_rng = torch.Generator().manual_seed(args.seed + 1)
+    def decode(x: Tensor) -> Tensor:
+        teacher.vae.to(args.device)
+        images = teacher.decode(x)
+        teacher.vae.to("cpu")  # while networks train, the device holds nothing else
+        return images
+
+    theirs = decode(teacher.sample(z, cond, uncond, guidance=args.guidance, rng=picture_rng))
+    note = " (random weights)" if args.random_weights else ""
+    if rank == 0:
+        write(out / "args.json", lambda file: file.write_text(json.dumps(vars(args), indent=2, default=str) + "\n"))
+        write(out / "log.jsonl", lambda file: file.write_text("".join(json.dumps(row) + "\n" for row in log)))
+
+    def checkpoint(done: int) -> None:
+        images, picture_rng = done * per_iteration, torch.Generator().manual_seed(args.seed + 1)
         with torch.no_grad():
-            ours = teacher.decode(generate(student, z, cond, steps, args.noise, rng=picture_rng))
+            ours = decode(generate(student, z, cond, steps, args.noise, rng=picture_rng))
         if not ours.isfinite().all():
             fail(f"diverged after {images:,} images: try a smaller --lr; {out} has what was saved before", status=1)
-        rows = {f"teacher, {teacher.steps} steps": theirs, f"student, {steps} step{'s' * (steps > 1)}": ours}
-        file = out / f"samples-{images // args.batch:06d}.png"
-        draw_samples(file, rows, shown, f"{Path(args.teacher).name}{note}, the student after {images:,} images")
-        draw_losses(out / "loss.png", log)
+        if rank == 0:
+            rows = {f"teacher, {teacher.steps} steps": theirs, f"student, {steps} step{'s' * (steps > 1)}": ours}
+            file = out / f"samples-{done:06d}.png"
+            draw_samples(file, rows, shown, f"{Path(args.teacher).name}{note}, the student after {images:,} images")
+            draw_losses(out / "loss.png", log)
         save_student(student, teacher, out / "student")
+        save_state(out / "state", done, record, *state)
 
     waiting: list[dict] = []
-    settings = {"loss": args.loss, "alpha": args.alpha, "weight": args.weight, "noise": args.noise}
+    settings = {"loss": args.loss, "alpha": args.alpha, "weight": args.weight, "noise": args.noise, "start": first}
     settings |= {"guidance": args.guidance, "uncond": uncond, "steps": steps, "iters": args.iters}
     # The authors' waiting times of the adversarial term, for runs as long as theirs; shorter ones wait a tenth, a fifth.
-    settings["warmup"] = (min(20_000, total // 10), min(40_000, total // 5))
-    rng = torch.Generator(args.device).manual_seed(args.seed)
-    with tqdm(total=total, unit=" images", unit_scale=True, desc=out.name) as bar:
-        for measured in distill(teacher.dit, student, fake, optimizers, batches(), shape, rng=rng, **settings):
+    settings |= {
+        "warmup": (min(20_000, total // 10), min(40_000, total // 5)),
+        "accumulate": args.accumulate,
+        "rng": rng,
+    }
+    again = shlex.join(["python", *sys.argv, *["--resume"] * (not args.resume)])
+    bar = tqdm(
+        total=total, initial=first * per_iteration, unit=" images", unit_scale=True, desc=out.name, disable=rank > 0
+    )
+    with signals() as stop, bar:
+        for measured in distill(teacher.dit, student, fake, optimizers, batches(), shape, **settings):
             waiting.append(measured)
             done = measured["iteration"] + 1
             save = done % args.save_every == 0 or done == args.iters
-            if len(waiting) == 10 or save:  # reading the measurements waits for the device, so that is done seldom
-                rows = [{name: float(x) for name, x in row.items()} for row in waiting]
-                if not all(math.isfinite(x) for row in rows for x in row.values()):
-                    bar.close()
-                    fail(f"diverged by iteration {done}: try a smaller --lr; {out} has what was saved before", status=1)
-                log += rows
-                with open(out / "log.jsonl", "a", encoding="utf-8") as file:
-                    file.writelines(json.dumps(row) + "\n" for row in rows)
-                bar.set_postfix_str(
-                    f"Fisher estimate {sum(row['fisher'] for row in rows) / len(rows):.3g}", refresh=False
-                )
+            # Reading the measurements waits for the device, so that is done seldom.
+            if len(waiting) == 10 or save or (stop and world == 1):
+                log += read_measurements(waiting, args.device, out / "log.jsonl")
                 waiting.clear()
-            bar.update(args.batch)
+                recent = [row["fisher"] for row in log[-10:] if row["fisher"] is not None]
+                bar.set_postfix_str(say_progress(log, recent), refresh=False)
+                if skipped_in_a_row(log) >= MOST_SKIPPED:
+                    bar.close()
+                    fail(
+                        f"diverged: {MOST_SKIPPED} updates in a row, up to iteration {done}, had no finite gradient and were skipped; "
+                        f"try a smaller --lr; {out} has what was saved before",
+                        status=1,
+                    )
+                halt = torch.tensor(stop[-1] if stop else 0, device=args.device)
+                if world > 1:
+                    torch.distributed.all_reduce(halt, torch.distributed.ReduceOp.MAX)
+                if halt and not save:
+                    save_state(out / "state", done, record, *state)
+            else:
+                halt = 0
+            bar.update(per_iteration)
             if save:
-                checkpoint(done * args.batch)
+                checkpoint(done)
+            if halt and done < args.iters:
+                bar.close()
+                fail(f"stopped after iteration {done}, which is saved. To go on:\n{again}", status=128 + int(halt))
+    if rank > 0:
+        return
     command = ["python", "sid_fm.py", "--teacher", args.teacher, "--student", str(out / "student")]
     for name in ("steps", "resolution", "device", "dtype", "tokens", "noise", "instruction"):
         if getattr(given, name) not in (None, "fresh"):
             command += [f"--{name}", str(getattr(given, name))]
     command += [*["--random-weights"] * args.random_weights, "--sample", shown[0]]
     print(f"{out}: samples-*.png, loss.png and the student. To sample from it:\n{shlex.join(command)}")
+
+
+PASSING = (
+    "out",
+    "resume",
+    "iters",
+    "save_every",
+    "device",
+    "recompute",
+    "sample",
+)  # settings that a resumed run may change
+MOST_SKIPPED = 10  # updates in a row
+
+
+def read_measurements(waiting: list[dict], device: str, file: Path) -> list[dict]:
+    """Measurements as numbers, means over the processes, appended to the log; None is what was not finite."""
+    names = [name for name, x in waiting[0].items() if isinstance(x, Tensor)]
+    values = torch.stack([torch.stack([row[name].double().cpu() for name in names]) for row in waiting])
+    rank, world = processes()
+    if world > 1:
+        values = values.float().to(device) if device == "cuda" else values
+        torch.distributed.all_reduce(values)
+        values = values.cpu() / world
+    rows = [
+        row | {name: x if math.isfinite(x) else None for name, x in zip(names, line)}
+        for row, line in zip(waiting, values.tolist())
+    ]
+    if rank == 0:
+        with open(file, "a", encoding="utf-8") as log:
+            log.writelines(json.dumps(row) + "\n" for row in rows)
+    return rows
+
+
+def read_log(file: Path, iterations: int) -> list[dict]:
+    """The log up to an iteration; a kill may have cut its last line."""
+    rows = []
+    for line in file.read_text(encoding="utf-8").splitlines() if file.is_file() else ():
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            break
+    return [row for row in rows if row["iteration"] < iterations]
+
+
+def skipped_in_a_row(log: list[dict]) -> int:
+    """The longest run of skipped updates among those just read and the ones before."""
+    longest = here = 0
+    for row in log[-2 * MOST_SKIPPED :]:
+        here = here + 1 if row["skipped"] else 0
+        longest = max(longest, here)
+    return longest
+
+
+def say_progress(log: list[dict], recent: list[float]) -> str:
+    skipped = sum(bool(row["skipped"]) for row in log)
+    fisher = f"Fisher estimate {sum(recent) / len(recent):.3g}" if recent else "no finite Fisher estimate"
+    return f"{fisher}, {skipped} skipped" if skipped else fisher
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -173,7 +173,7 @@ def train_teacher(mixture: Mixture, path: str, iters: int, seed: int, tick: Call
         x_0 = mixture.sample(1024, rng)
         e, t = sid_fm.noise_like(x_0, rng), draw_times(len(x_0), recipe.law, path, rng)
         loss = flow_matching_loss(net(add_noise(x_0, e, t, path), t), x_0, e, t, recipe)
-        sid_fm.update(optimizer, loss)
+        sid_fm.update(optimizer, [loss])
         schedule.step()
         tick(loss.detach())
     return sid_fm.as_rectified_flow(net, path, recipe.predicts)

@@ -1,0 +1,423 @@
+"""Chapter 8 of sid_fm.py: adapters, precision, memory, many processes, and runs that survive."""
+
+import copy
+import itertools
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import diffusers
+import pytest
+import torch
+from pipelines import randomise
+from safetensors.torch import load_file
+from torch.multiprocessing import spawn
+
+import sid_fm
+
+SCRIPT = Path(sid_fm.__file__)
+# fmt: off
+HEADS = {"num_attention_heads": 2, "attention_head_dim": 16, "sample_size": 4}
+NETWORKS = {
+    "sd3": (sid_fm.SD3, HEADS | {"in_channels": 4, "num_layers": 2, "joint_attention_dim": 24, "pooled_projection_dim": 24,
+                                 "pos_embed_max_size": 4}),
+    "flux": (sid_fm.FLUX1, {"num_attention_heads": 2, "attention_head_dim": 16, "in_channels": 16, "num_layers": 1,
+                            "num_single_layers": 2, "joint_attention_dim": 24, "pooled_projection_dim": 24,
+                            "axes_dims_rope": [4, 6, 6]}),
+    "sana": (sid_fm.SANA, HEADS | {"in_channels": 4, "out_channels": 4, "num_layers": 2, "num_cross_attention_heads": 2,
+                                   "caption_channels": 24}),
+}
+# fmt: on
+
+
+def network(name, dtype=torch.float32):
+    pipeline, config = NETWORKS[name]
+    family = sid_fm.PIPELINES[pipeline]
+    return randomise(sid_fm.build(family.backbone, sid_fm.network_config(family, config)), seed=1).to(dtype)
+
+
+def inputs(n, dtype=torch.float32, seed=0):
+    rng = torch.Generator().manual_seed(seed)
+    cond = {"text": torch.randn(n, 5, 24, generator=rng), "pooled": torch.randn(n, 24, generator=rng)}
+    x_t, t = torch.randn(n, 4, 4, 4, generator=rng), torch.rand(n, generator=rng)
+    return x_t.to(dtype), t.to(dtype), {key: x.to(dtype) for key, x in cond.items()}
+
+
+def adam(net, lr=1e-3, fused=True):
+    return torch.optim.Adam(sid_fm.trained(net), lr=lr, betas=(0.0, 0.99), fused=fused)
+
+
+def run_iterations(nets, optimizers, iters, rows=4, part=slice(None), rng=None, dtype=torch.float32, **options):
+    """A few iterations of guided distillation; part: which rows of each global batch are this process's."""
+
+    def batches():
+        for i in itertools.count():
+            yield {key: x[part] for key, x in inputs(rows, dtype, seed=i)[2].items()}, None
+
+    uncond = inputs(1, dtype, seed=99)[2]
+    shape = (len(range(rows)[part]), 4, 4, 4)
+    rng = rng or torch.Generator().manual_seed(5)
+    return list(
+        sid_fm.distill(
+            *nets, optimizers, batches(), shape, guidance=2.0, uncond=uncond, iters=iters, rng=rng, **options
+        )
+    )
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Adapters
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_adapters_start_at_the_teacher_and_share_its_weights(name):
+    net = network(name)
+    twins = [sid_fm.adapt(net, rank=3) for _ in range(2)]
+    x_t, t, cond = inputs(3)
+    for twin in twins:
+        assert torch.equal(twin(x_t, t, cond), net(x_t, t, cond))
+        own = {x.data_ptr() for x in sid_fm.trained(twin)}
+        assert {x.data_ptr() for x in twin.parameters()} - own == {x.data_ptr() for x in net.parameters()}
+        assert not own & {x.data_ptr() for x in net.parameters()}
+    linear = [m for b in sid_fm.blocks_of(net) for m in b.modules() if type(m) is torch.nn.Linear]
+    assert len(sid_fm.trained(twins[0])) == 2 * len(linear) > 0
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_distilled_adapters_are_merged_and_open_in_diffusers(name, tmp_path):
+    """Only adapters move; merged = unmerged; diffusers' own LoRA loader on the teacher gives the same network."""
+    teacher = network(name)
+    before = copy.deepcopy(teacher.state_dict())
+    torch.manual_seed(0)
+    student, fake = sid_fm.adapt(teacher, 3), sid_fm.adapt(teacher, 3)
+    measured = run_iterations((teacher, student, fake), (adam(student, 1e-2), adam(fake, 1e-2)), 5)
+    assert measured[-1]["fisher"] > 0
+    assert all(torch.equal(x, before[key]) for key, x in teacher.state_dict().items())
+    x_t, t, cond = inputs(3)
+    v = student(x_t, t, cond)
+    assert (v - teacher(x_t, t, cond)).abs().max() > 1e-3
+    sid_fm.save_student(student, None, tmp_path / "student")
+    sid_fm.save_student(teacher, None, tmp_path / "teacher")
+    kind = type(teacher)
+    merged = sid_fm.fill_part(*sid_fm.open_part(kind, tmp_path / "student"), "cpu", torch.float32)
+    torch.testing.assert_close(merged(x_t, t, cond), v, rtol=1e-4, atol=1e-5)
+    oracle = getattr(diffusers, teacher.config["_class_name"])
+    theirs = oracle.from_pretrained(tmp_path / "student").state_dict()
+    adapted = oracle.from_pretrained(tmp_path / "teacher")
+    adapted.load_lora_adapter(
+        tmp_path / "student", prefix="transformer", weight_name="pytorch_lora_weights.safetensors"
+    )
+    adapted.fuse_lora()
+    adapted.unload_lora()
+    for key, x in adapted.state_dict().items():
+        torch.testing.assert_close(x, theirs[key], rtol=1e-5, atol=1e-6)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Precision and memory
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def test_small_updates_are_kept_where_bf16_weights_lose_them():
+    """Adam at a rate of 1e-5 with bf16 products: bf16 weights of order one stand still, float32 weights all move."""
+    moved = {}
+    for dtype in (torch.bfloat16, torch.float32):
+        net = torch.nn.Linear(64, 64).to(dtype)
+        with torch.no_grad():
+            net.weight.uniform_(0.5, 1)
+        before = net.weight.detach().clone()
+        sid_fm.compute_in(net, "cpu", torch.bfloat16)
+        optimizer = torch.optim.Adam(net.parameters(), lr=1e-5, betas=(0.0, 0.999), fused=True)
+        for i in range(20):
+            y = net(torch.randn(8, 64, generator=torch.Generator().manual_seed(i)).to(dtype))
+            assert y.dtype == torch.bfloat16
+            sid_fm.update(optimizer, [y.float().square().sum()])
+        moved[dtype] = (net.weight != before).float().mean()
+    assert moved[torch.bfloat16] == 0 and moved[torch.float32] > 0.99
+
+
+def test_weights_read_under_autocast_are_those_of_the_last_update():
+    net = network("sd3")
+    sid_fm.compute_in(net, "cpu", torch.bfloat16)
+    x_t, t, cond = inputs(2)
+    first = net(x_t, t, cond)
+    with torch.no_grad():
+        net.proj_out.weight.mul_(2), net.proj_out.bias.mul_(2)
+    torch.testing.assert_close(net(x_t, t, cond), 2 * first)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_recomputed_blocks_give_the_same_gradients_from_less_memory(name):
+    plain, recomputed = network(name), network(name)
+    sid_fm.recompute_blocks(recomputed)
+    x_t, t, cond = inputs(2)
+    gradients, kept = [], []
+    for net in (plain, recomputed):
+        tensors = {}
+
+        def keep(x, tensors=tensors, weights={p.data_ptr() for p in net.parameters()}):
+            if x.data_ptr() not in weights:
+                tensors[x.untyped_storage().data_ptr()] = x
+            return x
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+            loss = net(x_t.clone().requires_grad_(), t, cond).square().sum()
+        kept.append(sum(x.untyped_storage().nbytes() for x in tensors.values()))
+        loss.backward()
+        gradients.append([p.grad for p in net.parameters() if p.grad is not None])
+    for a, b in zip(*gradients, strict=True):
+        assert torch.equal(a, b)
+    assert kept[1] < kept[0] / 2
+    meta, less = sid_fm.kept_by_autograd(
+        *(copy.deepcopy(plain).to("meta"), x_t.to("meta"), {k: x.to("meta") for k, x in cond.items()})
+    )
+    assert 0.7 * kept[0] < meta < 1.5 * kept[0] and less < meta
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Updates that are not finite
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_an_update_without_a_finite_gradient_is_skipped(fused):
+    net = torch.nn.Linear(3, 2)
+    optimizer = torch.optim.Adam(net.parameters(), lr=0.1, betas=(0.5, 0.9), fused=fused)
+    for factor, skipped in ((1.0, 0), (float("nan"), 1), (float("inf"), 1), (1.0, 0)):
+        before = copy.deepcopy((net.state_dict(), optimizer.state_dict()["state"]))
+        assert sid_fm.update(optimizer, [(factor * net(torch.ones(4, 3))).sum()]) == skipped
+        same = torch.equal(net.weight, before[0]["weight"])
+        assert same == bool(skipped)
+        if skipped:
+            for i, state in optimizer.state_dict()["state"].items():
+                assert all(torch.equal(x, before[1][i][key]) for key, x in state.items())
+
+
+def test_a_bad_batch_is_skipped_and_training_goes_on():
+    teacher = network("sd3")
+    student, fake = copy.deepcopy(teacher), copy.deepcopy(teacher)
+    good = (inputs(4)[2], None)
+    bad = ({key: x * float("inf") for key, x in good[0].items()}, None)
+    seen = []
+    loop = sid_fm.distill(
+        teacher, student, fake, (adam(student), adam(fake)), [good, bad, good], (4, 4, 4, 4), rng=torch.Generator()
+    )
+    for measured in loop:
+        seen.append((float(measured["skipped"]), torch.cat([p.flatten() for p in student.parameters()]).clone()))
+    assert [skipped for skipped, _ in seen] == [0, 2, 0]
+    assert torch.equal(seen[0][1], seen[1][1]) and not torch.equal(seen[1][1], seen[2][1])
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Many processes
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def distilled(lora, shard=None, part=slice(None), rng=None):
+    """Losses of 5 iterations in float64 and the student's weights after them; batches of 4 come twice an iteration."""
+    teacher = network("sd3", torch.float64)
+    torch.manual_seed(0)
+    make = (lambda net: sid_fm.adapt(net, 3)) if lora else copy.deepcopy
+    nets = [teacher, make(teacher), make(teacher)]
+    if shard:
+        nets = [shard(net) for net in nets]
+    options = {"part": part, "rng": rng, "accumulate": 2, "dtype": torch.float64}
+    measured = run_iterations(nets, [adam(net) for net in nets[1:]], 5, **options)
+    losses = torch.stack([torch.stack([m["fake_loss"], m["fisher"], m["loss"]]) for m in measured])
+    return losses, sid_fm.plain_weights(nets[1])[0], [m["images"] for m in measured]
+
+
+def one_of_two(rank, port, lora, folder):
+    os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "RANK": str(rank), "WORLD_SIZE": "2"}
+    torch.distributed.init_process_group("gloo")
+    rng = sid_fm.SharedGenerator()
+    rng.rank, rng.world = rank, 2
+    part = slice(2 * rank, 2 * rank + 2)
+    losses, weights, images = distilled(lora, lambda net: sid_fm.shard(net, "cpu"), part, rng.manual_seed(5))
+    torch.distributed.all_reduce(losses)
+    if rank == 0:
+        torch.save((losses / 2, weights, images), folder / "result.pt")
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "adapters"])
+def test_two_processes_equal_one(lora, tmp_path):
+    rng = sid_fm.SharedGenerator().manual_seed(5)
+    losses, weights, images = distilled(lora, rng=rng)
+    spawn(one_of_two, (29600 + random.randrange(300), lora, tmp_path), nprocs=2)
+    theirs, their_weights, their_images = torch.load(tmp_path / "result.pt", weights_only=True)
+    torch.testing.assert_close(theirs, losses, rtol=1e-9, atol=1e-9)
+    assert images == their_images == [8, 16, 24, 32, 40]
+    assert weights.keys() == their_weights.keys()
+    for key, x in weights.items():
+        torch.testing.assert_close(their_weights[key], x, rtol=0, atol=1e-7)
+
+
+def test_draws_of_processes_are_rows_of_one():
+    def draw(rank, world):
+        rng = sid_fm.SharedGenerator()
+        rng.rank, rng.world = rank, world
+        rng.manual_seed(3)
+        x = torch.empty(4 // world, 2)
+        return torch.cat([sid_fm.noise_like(x, rng), sid_fm.draw_times(4 // world, None, rng=rng)[:, None]], 1)
+
+    assert torch.equal(torch.cat([draw(0, 2), draw(1, 2)]), draw(0, 1))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Runs that survive
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def command(pipeline, tmp_path):
+    """command(out, *arguments) -> the arguments of a run of 12 iterations on a tiny SANA that saves every 4."""
+    (tmp_path / "prompts.txt").write_text("a red fox\ntwo ships\na small robot\n")
+    (tmp_path / "instruction.txt").write_text("A photograph of ")
+
+    def command(out, *arguments):
+        fixed = f"--iters 12 --batch 2 --resolution 32 --save-every 4 --lr 1e-3 --tokens 16 --device cpu --out {tmp_path / out}"
+        files = f"--teacher {pipeline('sana')} --prompts {tmp_path / 'prompts.txt'} --instruction {tmp_path / 'instruction.txt'}"
+        return [*fixed.split(), *files.split(), *map(str, arguments)]
+
+    return command
+
+
+@pytest.fixture
+def quiet(monkeypatch):
+    """Leaves out the pictures."""
+    monkeypatch.setattr(sid_fm, "draw_samples", lambda *args: None)
+    monkeypatch.setattr(sid_fm, "draw_losses", lambda *args: None)
+
+
+def assert_same_run(one, other):
+    """Student, log, weights, moments and random states, bit for bit."""
+    name = "diffusion_pytorch_model.safetensors"
+    assert (one / "student" / name).read_bytes() == (other / "student" / name).read_bytes()
+    assert (one / "log.jsonl").read_text() == (other / "log.jsonl").read_text()
+    notes = [json.loads((out / "state" / "state.json").read_text()) for out in (one, other)]
+    assert notes[0] == notes[1] and notes[0]["iteration"] == 12
+    states = [load_file(out / "state" / "0000012" / "0.safetensors") for out in (one, other)]
+    assert states[0].keys() == states[1].keys() and any("exp_avg_sq" in key for key in states[0])
+    assert all(torch.equal(x, states[1][key]) for key, x in states[0].items())
+    assert [path.name for path in (other / "state").iterdir() if path.is_dir()] == ["0000012"]
+
+
+def signal_at(monkeypatch, iteration, number):
+    distill = sid_fm.distill
+
+    def loop(*args, **kwargs):
+        for measured in distill(*args, **kwargs):
+            if measured["iteration"] == iteration:
+                os.kill(os.getpid(), number)
+            yield measured
+
+    monkeypatch.setattr(sid_fm, "distill", loop)
+
+
+@pytest.mark.parametrize("lora", [(), ("--lora", 2)], ids=["full", "adapters"])
+def test_a_stopped_run_resumes_to_the_same_numbers(command, quiet, monkeypatch, tmp_path, capsys, lora):
+    sid_fm.main(command("whole", *lora))
+    for number, at in ((signal.SIGINT, 2), (signal.SIGTERM, 9)):
+        with monkeypatch.context() as patch, pytest.raises(SystemExit) as error:
+            signal_at(patch, at, number)
+            sid_fm.main(command("stopped", *lora, *["--resume"] * (at > 2)))
+        assert error.value.code == 128 + number
+        said = capsys.readouterr().err
+        assert f"stopped after iteration {at + 1}, which is saved" in said and said.rstrip().endswith("--resume")
+    sid_fm.main(command("stopped", *lora, "--resume"))
+    assert_same_run(tmp_path / "whole", tmp_path / "stopped")
+
+
+def refused(capsys, arguments, status=2):
+    with pytest.raises(SystemExit) as error:
+        sid_fm.main(arguments)
+    line = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.value.code == status
+    return line
+
+
+def test_resuming_what_cannot_be_resumed(command, quiet, capsys, tmp_path):
+    assert "holds no state" in refused(capsys, command("none", "--resume"))
+    sid_fm.main(command("run"))
+    assert "--alpha was 1.0" in refused(capsys, command("run", "--resume", "--alpha", 0.5))
+    notes = tmp_path / "run" / "state" / "state.json"
+    notes.write_text(notes.read_text().replace('"processes": 1', '"processes": 3'))
+    assert "3 processes" in refused(capsys, command("run", "--resume"))
+    notes.write_text(notes.read_text().replace('"processes": 3', '"processes": 1'))
+    file = tmp_path / "run" / "state" / "0000012" / "0.safetensors"
+    file.write_bytes(file.read_bytes()[:1000])
+    assert "can't be read" in refused(capsys, command("run", "--resume"))
+
+
+def test_a_full_disk_keeps_the_last_good_state(command, quiet, monkeypatch, capsys, tmp_path):
+    import safetensors.torch
+
+    sid_fm.main(command("whole"))
+    save_file = safetensors.torch.save_file
+
+    def full(tensors, file, **options):
+        if "0000008" in str(file):
+            Path(file).write_bytes(b"part")
+            raise safetensors.SafetensorError("I/O error: No space left on device (os error 28)")
+        save_file(tensors, file, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(safetensors.torch, "save_file", full)
+        assert "disk is full" in refused(capsys, command("full"), status=1)
+    assert not [*(tmp_path / "full").rglob("*.part")]
+    assert json.loads((tmp_path / "full" / "state" / "state.json").read_text())["iteration"] == 4
+    sid_fm.main(command("full", "--resume"))
+    assert_same_run(tmp_path / "whole", tmp_path / "full")
+
+
+@pytest.mark.slow
+def test_a_run_that_is_killed_twenty_times_ends_as_if_it_had_not_been(command, tmp_path):
+    def start(out, *arguments):
+        return subprocess.Popen([sys.executable, SCRIPT, *command(out, *arguments)], stderr=subprocess.DEVNULL)
+
+    assert start("whole", "--save-every", 1).wait() == 0
+    rng, kills, out = random.Random(0), 0, tmp_path / "killed"
+    while kills < 20:
+        state = (out / "state" / "state.json").exists()
+        process = start("killed", "--save-every", 1, *["--resume"] * state)
+        while not (out / "cache").exists() and process.poll() is None:
+            time.sleep(0.01)
+        time.sleep(rng.uniform(3, 8) if kills % 2 else rng.uniform(5, 6))
+        if process.poll() is None:
+            process.send_signal(signal.SIGKILL)
+        process.wait()
+        kills += 1
+    assert start("killed", "--save-every", 1, "--resume").wait() == 0
+    assert_same_run(tmp_path / "whole", out)
+
+
+@pytest.mark.slow
+def test_torchrun_distils_saves_and_resumes(command, tmp_path):
+    launch = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc_per_node=2",
+        "--master_port",
+        "29950",
+        str(SCRIPT),
+    ]
+    for arguments in (["--iters", 4], ["--resume"]):
+        done = subprocess.run([*launch, *command("run", *arguments)], capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr[-2000:]
+    out = tmp_path / "run"
+    rows = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    assert [row["iteration"] for row in rows] == list(range(12)) and rows[-1]["images"] == 48
+    assert sorted(path.name for path in (out / "state" / "0000012").iterdir()) == ["0.safetensors", "1.safetensors"]
+    student = diffusers.SanaTransformer2DModel.from_pretrained(out / "student")
+    assert all(x.isfinite().all() for x in student.parameters())
+    done = subprocess.run(
+        [sys.executable, SCRIPT, *command("run", "--resume")], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2 and "2 processes and this one has 1" in done.stderr
