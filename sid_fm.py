@@ -2626,7 +2626,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
     sampling = parser.add_argument_group("sampling")
     sampling.add_argument("--sample", action="append", metavar="PROMPT", help="draw this; repeat for more")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    args.words = sys.argv[1:] if argv is None else argv
+    return args
 
 
 def prepare(args: argparse.Namespace) -> Teacher:
@@ -2901,7 +2903,8 @@ def train(args: argparse.Namespace) -> None:
         "accumulate": args.accumulate,
         "rng": rng,
     }
-    again = shlex.join(["python", *sys.argv, *["--resume"] * (not args.resume)])
+    launch = ["torchrun", f"--nproc_per_node={world}"] if world > 1 else ["python"]
+    again = shlex.join([*launch, "sid_fm.py", *given.words, *["--resume"] * (not args.resume)])
     bar = tqdm(
         total=total, initial=first * per_iteration, unit=" images", unit_scale=True, desc=out.name, disable=rank > 0
     )
@@ -2954,6 +2957,7 @@ PASSING = (
     "device",
     "recompute",
     "sample",
+    "words",
 )  # settings that a resumed run may change
 MOST_SKIPPED = 10  # updates in a row
 
