@@ -443,6 +443,11 @@ def set_trainable(optimizer: torch.optim.Optimizer, flag: bool) -> None:
             weight.requires_grad_(flag)
 
 
+def draw_k(steps: int, iteration: int, rng: torch.Generator | None = None) -> int:
+    """1 .. steps, uniform: a function of the iteration and of rng's seed, known to the host and to every process."""
+    return random.Random(f"{rng.initial_seed() if rng else torch.initial_seed()} {iteration}").randint(1, steps)
+
+
 def update(optimizer: torch.optim.Optimizer, losses: Iterable[Tensor]) -> Tensor:
     """One optimizer step down the gradient of the sum of losses; each one's graph is let go before the next is asked for.
 
@@ -520,7 +525,6 @@ def distill(
     set_trainable(student_optimizer, True)
     weights = next(student.parameters())
     like = torch.empty(shape, device=weights.device, dtype=torch.promote_types(weights.dtype, torch.float32))
-    seed = rng.initial_seed() if rng else torch.initial_seed()
     images = shape[0] * accumulate * getattr(rng, "world", 1)  # of an iteration
 
     def generate_and_noise(cond: dict | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -575,7 +579,7 @@ def distill(
         if len(parts) < accumulate:
             return
         # K = steps: the k-th output of a K-step run, k uniform. The mixture of all steps' outputs is matched to the data.
-        k = random.Random(f"{seed} {iteration}").randint(1, steps)
+        k = draw_k(steps, iteration, rng)
         measured = {"iteration": iteration, "images": (iteration + 1) * images, "k": k}
         set_trainable(fake_optimizer, True)
         skipped = update(fake_optimizer, synchronised(fake, fake_objective, parts))

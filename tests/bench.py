@@ -153,18 +153,18 @@ def authors_order(
         e, t = sid_fm.noise_like(like, rng), sid_fm.draw_times(shape[0], sid_fm.SID_LAW, rng=rng).to(like)
         return x_g, e, t, sid_fm.add_noise(x_g, e, t)
 
-    for _, (cond, _) in zip(range(iters), batches):
-        k = int(torch.randint(1, steps + 1, (), generator=rng, device=rng.device if rng else None))
+    for iteration, (cond, _) in zip(range(iters), batches):
+        k = sid_fm.draw_k(steps, iteration, rng)
         sid_fm.set_trainable(fake_optimizer, True)
         with torch.no_grad():
             x_g, e, t, x_t = generate_and_noise(cond, k)
-        sid_fm.update(fake_optimizer, sid_fm.flow_matching_loss(velocity(fake, x_t, t, cond), x_g, e, t))
+        sid_fm.update(fake_optimizer, [sid_fm.flow_matching_loss(velocity(fake, x_t, t, cond), x_g, e, t)])
         sid_fm.set_trainable(fake_optimizer, False)
         x_g, e, t, x_t = generate_and_noise(cond, k)
         v_fake, v_real = velocity(fake, x_t, t, cond), velocity(teacher, x_t, t, cond)
         d_real, d_fake = (sid_fm.convert(v, x_t, t, "rf", "v", "x0") for v in (v_real, v_fake))
         loss = sid_fm.sid_loss(x_g, d_real, d_fake, t)
-        sid_fm.update(student_optimizer, 100 * loss)
+        sid_fm.update(student_optimizer, [100 * loss])
         yield loss.detach()
 
 
@@ -243,8 +243,7 @@ class Bench:
             optimizers = tuple(torch.optim.SGD(net.parameters()) for net in nets[1:])
         rng, seeds = torch.default_generator if meta else torch.Generator(device), {}
         for seed in range(100 * steps):  # seeds[k]: one with which the loop draws k
-            drawn = torch.randint(1, steps + 1, (), generator=rng.manual_seed(seed), device=rng.device)
-            seeds.setdefault(int(drawn), seed)
+            seeds.setdefault(sid_fm.draw_k(steps, 0, rng.manual_seed(seed)), seed)
         settings = {"steps": steps, "guidance": self.guidance, "uncond": uncond, "iters": 1}
         settings["rng"] = None if meta else rng
 
@@ -293,9 +292,10 @@ class Bench:
             lap("generation")
             return x_g
 
-        def timed_update(*inputs: object) -> None:
-            update(*inputs)
+        def timed_update(*inputs: object) -> Tensor:
+            skipped = update(*inputs)
             lap(list(laps)[next(after)])
+            return skipped
 
         with mock.patch.object(sid_fm, "generate", timed_generate), mock.patch.object(sid_fm, "update", timed_update):
             for i in range(self.args.steps):
