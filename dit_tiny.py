@@ -363,17 +363,20 @@ def distil(
     seed: int,
     tick: Callable[[Tensor], None],
     start: nn.Module | None = None,
+    lora: int | None = None,
     **options,
 ) -> Distilled:
-    """One run of sid_fm.distill: data-free, or, from a student `start` on, data-aided."""
-    teacher, student, fake = (copy.deepcopy(net) for net in (teacher, start or teacher, teacher))
+    """One run of sid_fm.distill: data-free, or, from a student `start` on, data-aided; lora: the adapters' rank, if any."""
+    make = partial(sid_fm.adapt, rank=lora) if lora else copy.deepcopy
+    teacher = copy.deepcopy(teacher)
+    student, fake = copy.deepcopy(start) if start else make(teacher), make(teacher)
     average = torch.optim.swa_utils.AveragedModel(
         student, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.98)
     )
     one = options["steps"] == 1
     rates = DATA_AIDED if start else ONE_STEP if one else FEW_STEPS
     optimizers = [
-        torch.optim.Adam(net.parameters(), lr=lr, betas=(0.0, 0.99), fused=True)
+        torch.optim.Adam(sid_fm.trained(net), lr=lr, betas=(0.0, 0.99), fused=True)
         for net, lr in zip((student, fake), rates)
     ]
     schedules = [cosine(optimizer, iters) for optimizer in optimizers]
@@ -539,7 +542,7 @@ def run(args: argparse.Namespace) -> None:
     print(
         f"  teacher ready: {args.teacher_iters} iterations of {BATCH} ({time.perf_counter() - start:.0f} s)", flush=True
     )
-    options = {name: getattr(args, name) for name in ("loss", "alpha", "weight", "noise", "guidance")}
+    options = {name: getattr(args, name) for name in ("loss", "alpha", "weight", "noise", "guidance", "lora")}
     free, one, aided = (
         f"{args.loss.upper()} {name}" for name in (f"{args.steps}-step", "one-step", f"{args.steps}-step data-aided")
     )
@@ -653,6 +656,7 @@ def parse() -> argparse.Namespace:
     add("--weight", choices=sid_fm.WEIGHTS, default="1-t", help="w(t) of the generator's loss (%(default)s)")
     add("--noise", choices=sid_fm.NOISES, default="fresh", help="between the student's steps (%(default)s)")
     add("--guidance", type=number(float), default=1.0, help="of the teacher, and in distillation (%(default)s)")
+    add("--lora", type=number(int, 1), metavar="RANK", help="students as low-rank adapters on the teacher")
     add("--teacher-iters", type=number(int, 1), help="of the teacher's training (4500; with --quick 900)")
     add("--iters", type=number(int, 3), help="of distillation (2400; with --quick 150)")
     add("--samples", type=number(int, 100), help="a row of the table (500; with --quick 200)")

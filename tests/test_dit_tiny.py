@@ -153,6 +153,27 @@ def main(monkeypatch, *args):
     dit_tiny.main()
 
 
+def test_adapters_learn_on_a_frozen_teacher():
+    """Data-free, then data-aided from there: only adapters move, and the plain weights of the student are the merged."""
+    teacher = dit_tiny.build("mmdit", seed=0)
+    for weight in teacher.parameters():
+        torch.nn.init.normal_(weight, std=0.05, generator=rng())
+    settings = {"loss": "sid", "alpha": 1.0, "weight": "1-t", "noise": "fresh", "guidance": 1.0, "steps": 2, "lora": 3}
+    students = [None]
+    for start in ("data-free", "data-aided"):
+        run = dit_tiny.distil(teacher, dit_tiny.Autoencoder(), 6, 0, lambda x: None, start=students[-1], **settings)
+        students.append(run.student)
+    before = teacher.state_dict()
+    for student in students[1:]:
+        own = dict(student.named_parameters())
+        assert all(torch.equal(own[key], x) for key, x in teacher.named_parameters() if key in own)
+        weights, adapters = sid_fm.plain_weights(student)
+        moved = {key for key, x in weights.items() if not torch.equal(x, before[key])}
+        assert weights.keys() == before.keys() and len(moved) == len(adapters) / 2 > 0
+    first, second = (sid_fm.plain_weights(student)[1] for student in students[1:])
+    assert any(not torch.equal(x, second[key]) for key, x in first.items())
+
+
 @pytest.mark.slow
 def test_the_whole_of_it_in_miniature(monkeypatch, tmp_path, capsys):
     arguments = ("--teacher-iters", 300, "--iters", 60, "--samples", 100, "--out", tmp_path)
