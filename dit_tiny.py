@@ -397,7 +397,7 @@ def distil(
         if measured["images"] - BATCH >= wait:
             schedules[0].step()
         average.update_parameters(student)
-        if not measured["loss"].isfinite():
+        if measured["skipped"]:
             raise FloatingPointError(f"a student diverged, with {options['steps']} steps, {options['weight']}")
         if measured["iteration"] + 1 in marks:
             copies[measured["iteration"] + 1] = copy.deepcopy(average.module)

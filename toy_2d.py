@@ -195,7 +195,7 @@ def distil(
     schedules = [cosine(optimizer, iters) for optimizer in optimizers]
     rng, batches = torch.Generator().manual_seed(seed), itertools.repeat((None, None))
     options = {"law": None, "iters": iters, "rng": rng} | options
-    fisher, copies, marks = [], {}, set(np.geomspace(1, iters, 20).astype(int).tolist())
+    fisher, skipped, copies, marks = [], [], {}, set(np.geomspace(1, iters, 20).astype(int).tolist())
     for measured in sid_fm.distill(teacher, student, fake, optimizers, batches, (1024, 2), **options):
         for schedule in schedules:
             schedule.step()
@@ -205,8 +205,9 @@ def distil(
         if done in marks:
             copies[done] = copy.deepcopy(student)
         fisher.append(measured["fisher"])
+        skipped.append(measured["skipped"])
         tick(fisher[-1])
-    if not torch.stack(fisher).isfinite().all():
+    if torch.stack(skipped).any():
         raise FloatingPointError(f"a student diverged, with {options}")
     return average.module, torch.stack(fisher).tolist(), copies
 

@@ -247,7 +247,7 @@ def one_of_two(rank, port, lora, folder):
     torch.distributed.destroy_process_group()
 
 
-@pytest.mark.parametrize("lora", [False, True], ids=["full", "adapters"])
+@pytest.mark.parametrize("lora", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["full", "adapters"])
 def test_two_processes_equal_one(lora, tmp_path):
     rng = sid_fm.SharedGenerator().manual_seed(5)
     losses, weights, images = distilled(lora, rng=rng)
