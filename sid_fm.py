@@ -9,8 +9,8 @@ The paper ends here. What follows is what it takes to run it on the teachers of 
     4. Backbones       MMDiT (SD3, SD3.5), FLUX, SANA's linear DiT, in plain PyTorch
     5. Autoencoders    KL (SD3, FLUX) and DC-AE (SANA)
     6. Text            prompts to conditions, on transformers' CLIP, T5 and Gemma-2
-    7. Teachers        their names, loading them, saving and loading students
-    8. Scale           low-rank adapters, memory, many processes, state to resume from
+    7. Teachers        their names, loading them and their students
+    8. Scale           low-rank adapters, saving students, memory, many processes, state to resume from
    10. Command line    python sid_fm.py --teacher sd3-medium
 
 Notation, as in the paper: x_0 is clean data, e ~ N(0, I) noise, x_t = a(t) x_0 + s(t) e the noisy sample.
@@ -1561,7 +1561,7 @@ class TextEncoders:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# 7. Teachers and students
+# 7. Teachers
 # ----------------------------------------------------------------------------------------------------------------------
 
 
@@ -1973,43 +1973,6 @@ def load_teacher(
     return Teacher(name, folder, family, *(fill_part(*part, device, dtype) for part in (dit, vae)), scheduler)
 
 
-def write(file: Path, content: Callable[[Path], object]) -> None:
-    """Written beside and renamed into place: a file is whole or absent. Raises OSError; of a full disk with ENOSPC."""
-    part = file.with_name(f".{file.name}.part")
-    try:
-        content(part)
-        part.replace(file)
-    except BaseException as error:
-        part.unlink(missing_ok=True)
-        if "os error 28" in str(error) or "No space left" in str(error):  # as safetensors tells it
-            raise OSError(errno.ENOSPC, "the disk is full") from None
-        raise
-
-
-def save_student(net: nn.Module, teacher: Teacher | None, folder: str | Path) -> None:
-    """Writes a student in the diffusers layout, config.json and safetensors, each file whole or not at all; adapters are
-    merged, and kept beside it as the file that diffusers' load_lora_weights reads. Where processes share the network all
-    must call this, and the first one writes.
-
-    Floating-point weights are written in the dtype of the teacher's (as they are where teacher is None).
-    """
-    from safetensors.torch import save_file
-
-    weights, adapters = plain_weights(net)
-    if processes()[0] > 0:
-        return
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    dtype = teacher.weights.dtype if teacher else None
-    weights = {key: value.to("cpu", dtype).contiguous() for key, value in weights.items()}
-    for name, tensors in (("pytorch_lora_weights", adapters), ("diffusion_pytorch_model", weights)):
-        if tensors:
-            write(folder / f"{name}.safetensors", partial(save_file, tensors, metadata={"format": "pt"}))
-    write(
-        folder / "config.json", lambda file: file.write_text(json.dumps(net.config, indent=2) + "\n", encoding="utf-8")
-    )
-
-
 def as_student(net: nn.Module) -> nn.Module:
     """What differs between FLUX the teacher and its students: a guidance embedding of 1."""
     if isinstance(net, FLUX):
@@ -2030,7 +1993,7 @@ def load_student(folder_or_hub_id: str | Path, teacher: Teacher) -> nn.Module:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# 8. Scale: memory, many processes, runs that survive
+# 8. Scale: adapters and saved students, memory, many processes, runs that survive
 # ----------------------------------------------------------------------------------------------------------------------
 
 
@@ -2093,6 +2056,43 @@ def plain_weights(net: nn.Module) -> tuple[dict[str, Tensor], dict[str, Tensor]]
                 W = weights[f"{name}.weight"]
                 weights[f"{name}.weight"] = (W.to(B) + B @ A).to(W)
     return {key: value.detach() for key, value in weights.items()}, {key: x.detach() for key, x in adapters.items()}
+
+
+def write(file: Path, content: Callable[[Path], object]) -> None:
+    """Written beside and renamed into place: a file is whole or absent. Raises OSError; of a full disk with ENOSPC."""
+    part = file.with_name(f".{file.name}.part")
+    try:
+        content(part)
+        part.replace(file)
+    except BaseException as error:
+        part.unlink(missing_ok=True)
+        if "os error 28" in str(error) or "No space left" in str(error):  # as safetensors tells it
+            raise OSError(errno.ENOSPC, "the disk is full") from None
+        raise
+
+
+def save_student(net: nn.Module, teacher: Teacher | None, folder: str | Path) -> None:
+    """Writes a student in the diffusers layout, config.json and safetensors, each file whole or not at all; adapters are
+    merged, and kept beside it as the file that diffusers' load_lora_weights reads. Where processes share the network all
+    must call this, and the first one writes.
+
+    Floating-point weights are written in the dtype of the teacher's (as they are where teacher is None).
+    """
+    from safetensors.torch import save_file
+
+    weights, adapters = plain_weights(net)
+    if processes()[0] > 0:
+        return
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    dtype = teacher.weights.dtype if teacher else None
+    weights = {key: value.to("cpu", dtype).contiguous() for key, value in weights.items()}
+    for name, tensors in (("pytorch_lora_weights", adapters), ("diffusion_pytorch_model", weights)):
+        if tensors:
+            write(folder / f"{name}.safetensors", partial(save_file, tensors, metadata={"format": "pt"}))
+    write(
+        folder / "config.json", lambda file: file.write_text(json.dumps(net.config, indent=2) + "\n", encoding="utf-8")
+    )
 
 
 def recompute_blocks(net: nn.Module) -> None:
@@ -2776,6 +2776,11 @@ def encode_once(
     return texts, pictures
 
 
+# What a resumed run may be told otherwise.
+PASSING = ("out", "resume", "iters", "save_every", "device", "recompute", "sample", "words")
+MOST_SKIPPED = 10  # updates in a row
+
+
 def train(args: argparse.Namespace) -> None:
     """Distils the teacher into a student, and shows how it goes."""
     from tqdm import tqdm
@@ -2953,19 +2958,6 @@ def train(args: argparse.Namespace) -> None:
     print(f"{out}: samples-*.png, loss.png and the student. To sample from it:\n{shlex.join(command)}")
 
 
-PASSING = (
-    "out",
-    "resume",
-    "iters",
-    "save_every",
-    "device",
-    "recompute",
-    "sample",
-    "words",
-)  # settings that a resumed run may change
-MOST_SKIPPED = 10  # updates in a row
-
-
 def read_measurements(waiting: list[dict], device: str, file: Path) -> list[dict]:
     """Measurements as numbers, means over the processes, appended to the log; None is what was not finite."""
     names = [name for name, x in waiting[0].items() if isinstance(x, Tensor)]
@@ -3016,6 +3008,8 @@ def main(argv: list[str] | None = None) -> None:
     warnings.formatwarning = lambda message, *_, **__: f"{message}\n"
     try:
         sample(args) if args.sample else train(args)
+        if processes()[1] > 1:
+            torch.distributed.destroy_process_group()
     except BadInput as error:
         fail(error)
     except torch.cuda.OutOfMemoryError:
