@@ -2806,7 +2806,7 @@ def train(args: argparse.Namespace) -> None:
     steps = args.steps = args.steps or 4
     dtype = teacher.weights.dtype
     shape = (args.batch, *teacher.latent_shape(args.resolution))
-    student = load_student(args.student, teacher) if args.student else copy.deepcopy(teacher.dit)
+    start = load_student(args.student, teacher) if args.student else teacher.dit
 
     if world > 1 and rank > 0:
         torch.distributed.barrier()  # the first process encodes, the others find it done
@@ -2818,10 +2818,11 @@ def train(args: argparse.Namespace) -> None:
     # rounds away updates of 1e-5 and less.
     if args.lora:
         torch.manual_seed(args.seed)
-        start = student
         student, fake = adapt(start, args.lora), adapt(teacher.dit, args.lora)
+    elif world > 1:
+        student, fake = start, teacher.dit  # which are copied as they are dealt out
     else:
-        fake = teacher.dit if world > 1 else copy.deepcopy(teacher.dit)
+        student, fake = copy.deepcopy(start), copy.deepcopy(teacher.dit)
     if world > 1:
         whole = {"teacher": teacher.dit, "student": student, "fake": fake}
         nets = [

@@ -310,6 +310,17 @@ def assert_same_run(one, other):
     assert [path.name for path in (other / "state").iterdir() if path.is_dir()] == ["0000012"]
 
 
+def test_adapters_train_on_one_copy_of_the_weights(command, quiet, monkeypatch):
+    """Teacher, student and fake network of a run with --lora, and a run without."""
+    given = []
+    monkeypatch.setattr(sid_fm, "distill", lambda *args, **kwargs: given.append(args[:3]) or iter(()))
+    sid_fm.main(command("adapters", "--lora", 2))
+    sid_fm.main(command("full"))
+    for nets, shared in zip(given, (True, False)):
+        places = [{x.data_ptr() for x in net.parameters()} for net in nets]
+        assert all((places[0] <= other) == shared and bool(places[0] & other) == shared for other in places[1:])
+
+
 def signal_at(monkeypatch, iteration, number):
     distill = sid_fm.distill
 
