@@ -664,7 +664,7 @@ class PatchEmbed(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         tokens = self.proj(x)
         rows, columns = tokens.shape[-2:]
-        tokens = tokens.flatten(2).transpose(1, 2)
+        tokens = tokens.flatten(2).transpose(1, 2).contiguous()  # else every block would walk them transposed
         if not self.max_size:
             return tokens
         top, left = (self.max_size - rows) // 2, (self.max_size - columns) // 2
