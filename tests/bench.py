@@ -14,7 +14,7 @@ A round is one iteration of each contestant; k, the generator's steps, goes thro
 iteration's time is the mean over k of medians. What counts on a machine with other work is the median over rounds of
 the ratio of times, since contestants of one round meet the same noise. Operations are those of
 matrix products, convolutions and attention, counted before anything runs; the floor is the time that they take at the
-measured peak of large matrix products. Exits with 1 where this project is slower than the same loop on diffusers.
+measured peak of large matrix products. Exits with 1 where a bar is missed: 1.1 times as fast as the same loop on diffusers, on a GPU 1.25 times.
 """
 
 import argparse
@@ -436,7 +436,7 @@ def report(bench: Bench, peak: float) -> str:
     verdict = "held" if median(slower) <= BARS[device] else "missed"
     spread = f"{slower[0]:.3f} .. {slower[-1]:.3f}"
     text = f"this project takes {median(slower):.3f} ({spread}) of the time of the same loop on diffusers"
-    return f"{where}: {text}; at most {BARS[device]:g}: {verdict}"
+    return f"{where}: {text}; at most {BARS[device]:.2f}: {verdict}"
 
 
 def probe(bench_of: Callable[[], Bench], contestant: int) -> None:
