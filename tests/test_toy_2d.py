@@ -19,12 +19,6 @@ import toy_2d
 SCRIPT = Path(toy_2d.__file__)
 
 
-def call(*args, **kwargs):
-    return subprocess.run(
-        [sys.executable, str(SCRIPT), *map(str, args)], capture_output=True, text=True, check=False, **kwargs
-    )
-
-
 def main(monkeypatch, *args):
     """The script in this process. Returns its exit status."""
     monkeypatch.setattr(sys, "argv", ["toy_2d.py", *map(str, args)])
@@ -237,15 +231,17 @@ def test_check_alone_reports_and_a_failed_claim_is_exit_status_1(monkeypatch, ca
         (("--out", os.devnull), "cannot write to the folder --out"),
     ],
 )
-def test_bad_input_is_one_line_and_exit_status_2(args, says):
-    done = call(*args)
-    assert done.returncode == 2 and says in done.stderr and done.stderr.count("\n") == 1 and not done.stdout
+def test_bad_input_is_one_line_and_exit_status_2(monkeypatch, capsys, args, says):
+    assert main(monkeypatch, *args) == 2
+    out, err = capsys.readouterr()
+    assert says in err and err.startswith("toy_2d.py: ") and err.count("\n") == 1 and not out
 
 
 def test_ctrl_c_keeps_what_was_drawn(tmp_path):
     process = subprocess.Popen(
         [sys.executable, str(SCRIPT), "--quick", "--out", str(tmp_path)],
         stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # which a shell's background jobs ignore
     )  # fmt: skip
     deadline = time.monotonic() + 60
     while not (tmp_path / "alpha.png").exists() and time.monotonic() < deadline:
