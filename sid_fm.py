@@ -11,6 +11,7 @@ The paper ends here. What follows is what it takes to run it on the teachers of 
     6. Text            prompts to conditions, on transformers' CLIP, T5 and Gemma-2
     7. Teachers        their names, loading them and their students
     8. Scale           low-rank adapters, saving students, memory, many processes, state to resume from
+    9. Evaluation      CLIP score, maximum mean discrepancy, diversity
    10. Command line    python sid_fm.py --teacher sd3-medium
 
 Notation, as in the paper: x_0 is clean data, e ~ N(0, I) noise, x_t = a(t) x_0 + s(t) e the noisy sample.
@@ -40,6 +41,7 @@ import signal
 import sys
 import tempfile
 import textwrap
+import time
 import warnings
 import zlib
 from collections import OrderedDict
@@ -1482,14 +1484,10 @@ class TextEncoders:
             else:
                 read_json(source / "config.json")
                 variant = re.search(r"(fp16|bf16)\b", weight_files(source, "model")[0].name)
-                options = {"use_safetensors": True, "variant": variant and variant[0], dtype_key: dtype}
+                options = {"variant": variant and variant[0], dtype_key: dtype}
                 if family == "sana":  # older releases default to an attention without Gemma-2's soft cap
                     options["attn_implementation"] = "eager"
-                encoder, report = self.open(part[1], source, output_loading_info=True, **options)
-                if report["missing_keys"]:
-                    first = ", ".join(sorted(report["missing_keys"])[:3])
-                    raise BadInput(f"{source}: the weights don't fit its config.json: missing {first}")
-                self.encoders[name] = encoder.eval().requires_grad_(False).to(device)
+                self.encoders[name] = self.open_network(part[1], source, **options).to(device)
         if family == "sd3":
             self.width = read_json(folder / "transformer" / "config.json")["joint_attention_dim"]
 
@@ -1505,6 +1503,16 @@ class TextEncoders:
         except (AttributeError, OSError, RuntimeError, ValueError, SafetensorError) as error:
             reason = (str(error) or type(error).__name__).splitlines()[0]
             raise BadInput(f"{source} can't be loaded as {kind} ({reason}): download it again") from None
+
+    @staticmethod
+    def open_network(kind: str, source: Path, **options) -> nn.Module:
+        """A network of transformers with all of its weights. Raises BadInput."""
+        options |= {"use_safetensors": True, "output_loading_info": True}
+        net, report = TextEncoders.open(kind, source, **options)
+        if report["missing_keys"]:
+            first = ", ".join(sorted(report["missing_keys"])[:3])
+            raise BadInput(f"{source}: the weights don't fit its config.json: missing {first}")
+        return net.eval().requires_grad_(False)
 
     @torch.no_grad()
     def __call__(self, prompts: list[str], max_length: int | None = None) -> dict[str, Tensor]:
@@ -1704,21 +1712,22 @@ def random_part(kind: type[nn.Module], config: dict, device: str, dtype: torch.d
 PARTS = re.compile(
     r"(transformer|vae|scheduler|text_encoder(_\d)?|tokenizer(_\d)?)/[^/]+\.(json|txt|model|safetensors)$"
 )
-NETWORK = re.compile(r"(transformer/)?(config|diffusion_pytorch_model[^/]*)\.(json|safetensors)$")
+PIPELINE = re.compile(rf"model_index\.json$|{PARTS.pattern}")
+NETWORK = re.compile(r"(transformer/)?(config|diffusion_pytorch_model[^/]*)\.(json|safetensors)$")  # a student's
+CLIP_MODEL = re.compile(r"(model[^/]*\.safetensors(\.index\.json)?|[a-z_]+\.json|merges\.txt)$")
 
 
-def wanted(files: Iterable[str], network_only: bool = False) -> list[str]:
+def wanted(files: Iterable[str], kind: re.Pattern = PIPELINE) -> list[str]:
     """Of a repository's files those that are read: configurations, vocabularies, and each tensor once. A variant
-    (.fp16.) counts where nothing plain is there. network_only: a student's, alone or in its pipeline."""
-    files = list(files)
-    kept = [f for f in files if (NETWORK.match(f) if network_only else f == "model_index.json" or PARTS.match(f))]
+    (.fp16.) counts where nothing plain is there. kind: PIPELINE, NETWORK or CLIP_MODEL."""
+    kept = [f for f in files if kind.match(f)]
     is_weight = re.compile(r".*\.safetensors(\.index.*)?$")
     is_variant = re.compile(r".*\.(fp16|bf16)[.-]")
     plain = {f.rpartition("/")[0] for f in kept if is_weight.match(f) and not is_variant.match(f)}
     return [f for f in kept if not (is_variant.match(f) and f.rpartition("/")[0] in plain)]
 
 
-def fetch(repository: str, network_only: bool = False) -> Path:
+def fetch(repository: str, kind: re.Pattern = PIPELINE) -> Path:
     """The folder of a Hub repository in huggingface_hub's cache, downloaded as far as it is not there. Raises BadInput.
 
     HF_HOME, HF_TOKEN and HF_HUB_OFFLINE mean what they mean to huggingface_hub; without a network the cache serves.
@@ -1733,7 +1742,7 @@ def fetch(repository: str, network_only: bool = False) -> Path:
     names = None
     try:
         files = hub.HfApi().model_info(repository, files_metadata=True).siblings
-        names = wanted((file.rfilename for file in files), network_only)
+        names = wanted((file.rfilename for file in files), kind)
         new = sum(file.size or 0 for file in files if file.rfilename in names and not cached(file.rfilename))
         cache = Path(hub.constants.HF_HUB_CACHE)
         cache.mkdir(parents=True, exist_ok=True)
@@ -1764,15 +1773,15 @@ def fetch(repository: str, network_only: bool = False) -> Path:
         raise BadInput(f"{repository} is not in the cache and the Hub can't be reached ({reason}): go online") from None
 
 
-def resolve(name_or_path: str | Path, network_only: bool = False) -> Path:
+def resolve(name_or_path: str | Path, kind: re.Pattern = PIPELINE) -> Path:
     """The folder of a teacher's name, of a folder's path, or of a Hub repository's id. Raises BadInput."""
     if Path(name_or_path).is_dir():
         return Path(name_or_path)
     name = str(name_or_path)
     if name in NAMES:
-        return fetch(NAMES[name].repository, network_only)
+        return fetch(NAMES[name].repository, kind)
     if re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not name.startswith("."):
-        return fetch(name, network_only)
+        return fetch(name, kind)
     raise BadInput(f"{name} is no folder, no repository on the Hub and none of the names {', '.join(NAMES)}")
 
 
@@ -1869,7 +1878,8 @@ class Teacher:
 
         steps = steps or self.steps
         times = self.times(steps, tuple(self.vae.downscale * n for n in z.shape[-2:]))
-        with tqdm(total=steps, desc="teacher", unit="step", delay=2, leave=False) as bar:
+        one_of_many = os.environ.get("RANK", "0") != "0"
+        with tqdm(total=steps, desc="teacher", unit="step", delay=2, leave=False, disable=one_of_many) as bar:
 
             def net(*inputs: object, **options: bool):
                 bar.update()
@@ -1982,7 +1992,7 @@ def as_student(net: nn.Module) -> nn.Module:
 
 def load_student(folder_or_hub_id: str | Path, teacher: Teacher) -> nn.Module:
     """A student from its folder, from a whole pipeline's folder, or from a Hub repository of either. Raises BadInput."""
-    folder = resolve(folder_or_hub_id, network_only=True)
+    folder = resolve(folder_or_hub_id, NETWORK)
     folder = folder / "transformer" if (folder / "transformer").is_dir() else folder
     config, expected = read_json(folder / "config.json"), teacher.dit.config
     if config.get("_class_name") != expected["_class_name"]:
@@ -2009,9 +2019,9 @@ class AdaptedLinear(nn.Module):
     def __init__(self, shared: nn.Linear, rank: int):
         super().__init__()
         self.weight, self.bias = shared.weight, shared.bias
-        width, device = max(torch.float32, shared.weight.dtype, key=lambda dtype: dtype.itemsize), shared.weight.device
-        self.lora_A = nn.Linear(shared.in_features, rank, bias=False, device=device, dtype=width)
-        self.lora_B = nn.Linear(rank, shared.out_features, bias=False, device=device, dtype=width)
+        options = {"device": shared.weight.device, "dtype": torch.promote_types(shared.weight.dtype, torch.float32)}
+        self.lora_A = nn.Linear(shared.in_features, rank, bias=False, **options)
+        self.lora_B = nn.Linear(rank, shared.out_features, bias=False, **options)
         nn.init.zeros_(self.lora_B.weight)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -2101,6 +2111,14 @@ def recompute_blocks(net: nn.Module) -> None:
 
     for block in blocks_of(net):
         block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+
+
+def compile_blocks(net: nn.Module) -> None:
+    """torch.compile, a block at a time: blocks of one shape share their kernels, so that few are compiled."""
+    # Training calls a block with and without gradients of inputs and of weights, at one batch size and at two.
+    torch._dynamo.config.recompile_limit = 64
+    for block in blocks_of(net):
+        block.compile()
 
 
 def compute_in(net: nn.Module, device: str, dtype: torch.dtype) -> None:
@@ -2290,14 +2308,12 @@ def save_state(folder: Path, iteration: int, settings: dict, *state: object) -> 
 
 
 def load_state(folder: Path, settings: dict, nets: dict, optimizers: Iterable, generators: dict) -> int:
-    """Puts a state back where save_state took it from, and returns its iteration. Raises BadInput where there is none, or
-    it is of other settings or of another number of processes."""
+    """Puts a state back where save_state took it from, and returns its iteration. Raises BadInput for one of other
+    settings, of another number of processes, or that can't be read."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     rank, world = processes()
-    if not (folder / "state.json").is_file():
-        raise BadInput(f"--resume: {folder} holds no state of a run; leave --resume out to start one")
     notes = read_json(folder / "state.json")
     if notes["processes"] != world:
         raise BadInput(f"--resume: the run had {notes['processes']} processes and this one has {world}: start as many")
@@ -2315,17 +2331,18 @@ def load_state(folder: Path, settings: dict, nets: dict, optimizers: Iterable, g
         raise BadInput(f"{file} can't be read ({error}): leave --resume out to start again") from None
     for name, rng in generators.items():
         rng.set_state(tensors.pop(f"random.{name}"))
+    weights = {f"{role}.{name}": w for role, net in nets.items() for name, w in net.named_parameters()}
+    optimizer_of = dict(zip(nets, optimizers))
     with torch.no_grad():
-        for (role, net), optimizer in zip(nets.items(), optimizers):
-            for name, w in net.named_parameters():
-                entries = {key.rpartition(":")[2]: x for key, x in tensors.items() if key.startswith(f"{role}.{name}:")}
-                if f"{role}.{name}" in tensors:
-                    local(w).copy_(tensors[f"{role}.{name}"])
-                for key, x in entries.items():
-                    if key == "step":
-                        optimizer.state[w][key] = x.to(w.device if optimizer.defaults.get("fused") else "cpu")
-                    else:
-                        local(optimizer.state[w].setdefault(key, torch.zeros_like(w))).copy_(x)
+        for key, x in tensors.items():
+            name, _, entry = key.partition(":")
+            w, optimizer = weights[name], optimizer_of[name.partition(".")[0]]
+            if not entry:
+                local(w).copy_(x)
+            elif entry == "step":
+                optimizer.state[w][entry] = x.to(w.device if optimizer.defaults.get("fused") else "cpu")
+            else:
+                local(optimizer.state[w].setdefault(entry, torch.zeros_like(w))).copy_(x)
     return notes["iteration"]
 
 
@@ -2344,6 +2361,145 @@ def signals() -> Iterator[list[int]]:
     finally:
         for number, handler in former.items():
             signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def visiting(device: str, *nets: nn.Module) -> Iterator[None]:
+    """Networks on the device for a while, then off it: while others train it holds nothing else."""
+    for net in nets:
+        net.to(device)
+    try:
+        yield
+    finally:
+        for net in nets:
+            net.to("cpu")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 9. Evaluation: CLIP score, maximum mean discrepancy, diversity
+# ----------------------------------------------------------------------------------------------------------------------
+# All of it on CLIP's embeddings, of unit length, of a few pictures of each prompt: x is [prompts, seeds, d]. Prompts are
+# independent draws and pictures of one prompt are not, so the prompt is what standard errors count.
+
+SEEDS = 4  # pictures of each prompt
+
+
+def to_pixels(images: Tensor):
+    """[B, 3, H, W] in [-1, 1] -> numpy [B, H, W, 3] of bytes."""
+    return ((images.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+
+
+class CLIP:
+    """Embeddings of pictures and of prompts by a CLIP model, which transformers reads: from a folder, or by its id on the
+    Hub. Where it computes is where `net` is. Raises BadInput."""
+
+    def __init__(self, name_or_folder: str | Path):
+        folder = resolve(name_or_folder, CLIP_MODEL)
+        self.net = TextEncoders.open_network("CLIPModel", folder)
+        self.prepare = TextEncoders.open("CLIPImageProcessor", folder)  # resizes, crops, normalises
+        self.tokenizer = TextEncoders.open("CLIPTokenizer", folder)
+
+    @torch.no_grad()
+    def embed(self, pictures: Sequence | None = None, prompts: list[str] | None = None) -> Tensor:
+        """Of either pictures, numpy [H, W, 3] of bytes each, or prompts. -> [B, d]"""
+        if pictures is not None:
+            read, inputs = self.net.get_image_features, self.prepare(images=list(pictures), return_tensors="pt")
+        else:
+            read, options = self.net.get_text_features, {"padding": True, "truncation": True, "max_length": CLIP_LENGTH}
+            inputs = self.tokenizer(prompts, return_tensors="pt", **options)
+        x = read(**{key: value.to(self.net.device) for key, value in inputs.items()})
+        return F.normalize(x if isinstance(x, Tensor) else x.pooler_output, dim=-1)  # the latter from transformers 5 on
+
+
+def mmd(x: Tensor, y: Tensor, paired: bool = False, sigma: float = 10.0) -> tuple[float, float]:
+    """The squared maximum mean discrepancy E k(x, x') + E k(y, y') - 2 E k(x, y) of a Gaussian kernel, unbiased (so below
+    zero at times where the distributions are equal), and its standard error (jackknife).
+
+    k(x, y) = exp(-|x - y|^2 / (2 sigma^2)). x: [P, S, d], y: [Q, T, d], of P and Q independent prompts, 3 or more: a pair
+    of samples counts if their prompts differ. paired: y[i] is of the prompt of x[i], so these don't make a pair either.
+    """
+
+    def kernel(a: Tensor, b: Tensor) -> Tensor:  # means over both prompts' seeds
+        b = b.double()
+        rows = [
+            torch.cdist(row.double(), b, compute_mode="donot_use_mm_for_euclid_dist") for row in a
+        ]  # [Q, S, T] each
+        return torch.stack([(-row.square() / (2 * sigma**2)).exp().mean((1, 2)) for row in rows])
+
+    def off_diagonal(
+        k: Tensor,
+    ) -> tuple[Tensor, Tensor]:  # the mean of a symmetric matrix, and without each row and column
+        n, k = len(k), k - k.diag().diag()
+        return k.sum() / (n * (n - 1)), (k.sum() - 2 * k.sum(1)) / ((n - 1) * (n - 2))
+
+    def variance(left_out: Tensor) -> Tensor:
+        return (len(left_out) - 1) * left_out.var(correction=0)
+
+    xx, yy, xy = kernel(x, x), kernel(y, y), kernel(x, y)
+    if paired:
+        value, left_out = off_diagonal(xx + yy - xy - xy.T)
+        return value.item(), variance(left_out).sqrt().item()
+    (of_x, without_x), (of_y, without_y) = off_diagonal(xx), off_diagonal(yy)
+    without_x = without_x - 2 * (xy.sum() - xy.sum(1)) / (xy.numel() - xy.shape[1])
+    without_y = without_y - 2 * (xy.sum() - xy.sum(0)) / (xy.numel() - xy.shape[0])
+    return (of_x + of_y - 2 * xy.mean()).item(), (variance(without_x) + variance(without_y)).sqrt().item()
+
+
+def scores(x: Tensor, texts: Tensor, reference: Tensor, paired: bool) -> dict[str, tuple[float, float]]:
+    """What pictures are worth, each with its standard error. x: [P, S, d], texts: [P, d], reference: [Q, T, d]
+
+    clip       the cosine between a picture and its prompt
+    cmmd       1000 MMD^2 to the reference with sigma = 10 (arXiv 2401.09603, there biased); paired as in mmd
+    diversity  the distance between two pictures of one prompt
+    """
+
+    def mean(values: Tensor) -> tuple[float, float]:
+        return values.mean().item(), (values.std() / len(values) ** 0.5).item()
+
+    apart = torch.cdist(x, x, compute_mode="donot_use_mm_for_euclid_dist").sum((1, 2)) / (x.shape[1] * (x.shape[1] - 1))
+    value, error = mmd(x, reference, paired)
+    cosine = (x * texts[:, None]).sum(-1).mean(1)
+    return {"clip": mean(cosine), "cmmd": (1000 * value, 1000 * error), "diversity": mean(apart)}
+
+
+class Panel:
+    """A fixed set of prompts and noises that samplers are measured on. Noise is a function of seed and prompt alone:
+    the same for every sampler, and however many processes share the prompts.
+
+    cond_of(i): the condition of prompt i, one row. shape: (C, h, w) of its latents.
+    """
+
+    def __init__(self, teacher: Teacher, clip: CLIP, prompts: list[str], cond_of: Callable, shape: tuple, device: str):
+        self.teacher, self.clip, self.prompts, self.cond_of = teacher, clip, prompts, cond_of
+        self.like = torch.empty(SEEDS, *shape, device=device)
+        self.texts = clip.embed(prompts=prompts).to(device)
+
+    @torch.no_grad()
+    def draw(self, sampler: Callable, seed: int, title: str) -> tuple[Tensor, list, float]:
+        """Of what sampler(z, cond, rng) makes, latents: embeddings [P, S, d], a picture of each prompt of this process,
+        seconds a picture (the median over prompts). Where processes share networks all must call this."""
+        from tqdm import tqdm
+
+        rank, world = processes()
+        count, found, shown, seconds = len(self.prompts), [], [], []
+        rounds = -(-count // world)  # some processes may draw a prompt in vain, so that all draw as often
+        with tqdm(total=count * SEEDS, desc=title, unit=" images", leave=False, disable=rank > 0) as bar:
+            for i in (rank + world * j for j in range(rounds)):
+                rng = torch.Generator().manual_seed(random.Random(f"{seed} {i % count}").getrandbits(63))
+                z = noise_like(self.like, rng)
+                cond = {key: x.expand(SEEDS, *x.shape[1:]) for key, x in self.cond_of(i % count).items()}
+                start = time.perf_counter()
+                pixels = to_pixels(self.teacher.decode(sampler(z, cond, rng)))
+                seconds.append((time.perf_counter() - start) / SEEDS)
+                shown.append(pixels[0])
+                found.append(self.clip.embed(pixels))
+                bar.update(world * SEEDS)
+        x = torch.stack(found)
+        if world > 1:
+            parts = [torch.empty_like(x) for _ in range(world)]
+            torch.distributed.all_gather(parts, x)
+            x = torch.stack(parts, 1).flatten(0, 1)[:count]
+        return x, shown, sorted(seconds)[len(seconds) // 2]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -2403,8 +2559,7 @@ def read_captions(folder: Path) -> dict[Path, str]:
             except (ValueError, KeyError, TypeError, AttributeError):
                 raise BadInput(f'{index}, line {number}: needs {{"file_name": ..., "text": ...}}') from None
     else:
-        kinds = {".png", ".jpg", ".jpeg", ".webp"}
-        for image in sorted(path for path in folder.rglob("*") if path.suffix.lower() in kinds):
+        for image in pictures_in(folder):
             caption = image.with_suffix(".txt")
             if not caption.exists():
                 raise BadInput(
@@ -2419,19 +2574,29 @@ def read_captions(folder: Path) -> dict[Path, str]:
     return captions
 
 
-def read_image(path: Path, resolution: int) -> Tensor:
-    """The largest square in the middle of an image, resized. -> [3, resolution, resolution] in [-1, 1]"""
+def pictures_in(folder: Path) -> list[Path]:
+    """The image files of a folder and its folders, by name."""
+    return sorted(path for path in folder.rglob("*") if path.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp"))
+
+
+def read_pixels(path: Path, resolution: int | None = None):
+    """An image, or the largest square in its middle, resized. -> numpy [H, W, 3] of bytes. Raises BadInput."""
     import numpy as np
     from PIL import Image, ImageOps
 
     try:
         with Image.open(path) as image:
-            square = ImageOps.fit(
-                ImageOps.exif_transpose(image).convert("RGB"), (resolution, resolution), Image.LANCZOS
-            )
+            upright = ImageOps.exif_transpose(image).convert("RGB")
+            if resolution:
+                upright = ImageOps.fit(upright, (resolution, resolution), Image.LANCZOS)
+            return np.array(upright)
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise BadInput(f"{path} can't be read as an image ({error}): repair or remove it") from None
-    return torch.from_numpy(np.array(square)).permute(2, 0, 1) / 127.5 - 1
+
+
+def read_image(path: Path, resolution: int) -> Tensor:
+    """The largest square in the middle of an image, resized. -> [3, resolution, resolution] in [-1, 1]"""
+    return torch.from_numpy(read_pixels(path, resolution)).permute(2, 0, 1) / 127.5 - 1
 
 
 class Cache:
@@ -2479,11 +2644,6 @@ def make_room(folder: Path, needed: int) -> None:
     folder.mkdir(exist_ok=True)
 
 
-def to_pixels(images: Tensor):
-    """[B, 3, H, W] in [-1, 1] -> numpy [B, H, W, 3] of bytes."""
-    return ((images.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
-
-
 def pyplot():
     """matplotlib without a screen, in the one style of this project's figures."""
     import matplotlib as mpl
@@ -2497,14 +2657,14 @@ def pyplot():
     return plt
 
 
-def draw_samples(file: Path, rows: dict[str, Tensor], prompts: list[str], title: str = "") -> None:
-    """A grid: one row per name, one column per prompt. rows: images [B, 3, H, W] in [-1, 1]"""
+def draw_samples(file: Path, rows: dict[str, Sequence], prompts: list[str], title: str = "") -> None:
+    """A grid: one row per name, one column per prompt. rows: of pixels, numpy [H, W, 3]"""
     plt = pyplot()
     columns = len(prompts)
     size = (2.6 * columns + 0.4, 2.6 * len(rows) + (0.8 if title else 0.4))
     figure, axes = plt.subplots(len(rows), columns, figsize=size, squeeze=False)
     for (name, images), line in zip(rows.items(), axes):
-        for ax, pixels in zip(line, to_pixels(images)):
+        for ax, pixels in zip(line, images):
             ax.imshow(pixels, interpolation="nearest" if pixels.shape[0] < 256 else None)
             ax.set(xticks=[], yticks=[], frame_on=False)
             ax.grid(visible=False)
@@ -2528,14 +2688,22 @@ def draw_losses(file: Path, log: list[dict]) -> None:
     }
     names |= {"discriminator": "discriminator", "adversarial": "adversarial"} if "adversarial" in log[0] else {}
     images = np.array([row["images"] for row in log])
-    figure, axes = plt.subplots(1, len(names), figsize=(3.6 * len(names), 3))
+    measured = [row for row in log if "scores" in row]
+    rows = 2 if measured else 1
+    figure, axes = plt.subplots(rows, len(names), figsize=(3.6 * len(names), 3 * rows), squeeze=False)
     width = max(1, len(log) // 20)  # of the running mean
-    for ax, (name, label) in zip(axes, names.items()):
+    for ax, (name, label) in zip(axes[0], names.items()):
         y = np.array([row[name] for row in log], dtype=float)
         ax.plot(images, y, ".", ms=2, alpha=0.3, color="tab:blue")
         ax.plot(images[width - 1 :], np.convolve(y, np.ones(width) / width, "valid"), color="tab:blue")
-        ax.set(xlabel="images seen", yscale="log" if name == "fisher" and (y > 0).any() else "linear")
+        ax.set_yscale("log" if name == "fisher" and (y > 0).any() else "linear")
         ax.set_title(label, fontsize=9)
+    for ax, (name, label) in zip(axes[-1], MEASURES.items() if measured else ()):
+        y, error = np.array([row["scores"][name] for row in measured]).T
+        ax.errorbar([row["images"] for row in measured], y, error, marker="o", ms=3, capsize=2, color="tab:orange")
+        ax.set_title(f"{label} +- standard error", fontsize=9)
+    for ax in axes.flat:
+        ax.set(xlabel="images seen", xlim=(0, None), visible=ax.has_data())
     write(file, partial(figure.savefig, format="png"))
     plt.close(figure)
 
@@ -2626,11 +2794,30 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         default=250,
         help="iterations between states, students, pictures (%(default)s)",
     )
+    add("--compile", action="store_true", help="with torch.compile: minutes at the start for faster iterations")
     add("--resume", action="store_true", help="go on where the run in --out was")
+    add(
+        "--evaluate-every",
+        type=number(int, 1),
+        metavar="N",
+        help="measure the student every N iterations, keep the best",
+    )
 
     sampling = parser.add_argument_group("sampling")
     sampling.add_argument("--sample", action="append", metavar="PROMPT", help="draw this; repeat for more")
+
+    evaluation = parser.add_argument_group("evaluation")
+    add = evaluation.add_argument
+    add("--evaluate", action="store_true", help="a table: the teacher's own sampler, --student at 1, 2 and 4 steps")
+    add("--reference", default="teacher", metavar="FOLDER", help="of pictures to be like (the teacher's own samples)")
+    add("--num", type=number(int, 3 * SEEDS), help=f"pictures, {SEEDS} of a prompt (500; with --evaluate-every 64)")
+    add("--clip", default="openai/clip-vit-large-patch14", metavar="NAME", help="a folder or Hub id (%(default)s)")
     args = parser.parse_args(argv)
+    if args.evaluate and not args.student:
+        parser.error("--evaluate measures a student: give --student FOLDER")
+    if args.evaluate and args.sample:
+        parser.error("--evaluate and --sample together: one at a time")
+    args.training = not (args.sample or args.evaluate)
     args.words = sys.argv[1:] if argv is None else argv
     return args
 
@@ -2649,8 +2836,9 @@ def prepare(args: argparse.Namespace) -> Teacher:
         args.guidance = 1.0 if config.get("guidance_embeds") else 4.5
     args.recompute = weigh(args, family, config, autoencoder, dtype)
     # Networks that processes share go to their devices in parts.
-    teacher = load_teacher(args.teacher, "cpu" if processes()[1] > 1 else args.device, dtype, args.random_weights)
-    if processes()[1] > 1:
+    shared = args.training and processes()[1] > 1
+    teacher = load_teacher(args.teacher, "cpu" if shared else args.device, dtype, args.random_weights)
+    if shared:
         teacher.weights = next(teacher.vae.to(args.device).parameters())
     args.resolution = args.resolution or teacher.resolution
     if args.instruction is not None:
@@ -2665,7 +2853,7 @@ def weigh(args: argparse.Namespace, family: Family, config: dict, autoencoder: n
         net = build(family.backbone, config)
     count = sum(p.numel() for p in net.parameters())
     have, world = device_memory(args.device), processes()[1]
-    if args.sample:
+    if not args.training:
         parts = {"weights": count * dtype.itemsize * (2 if args.student else 1)}
     else:
         size = config.get("sample_size") or autoencoder.config.get("sample_size", 1024) // autoencoder.downscale
@@ -2691,7 +2879,7 @@ def weigh(args: argparse.Namespace, family: Family, config: dict, autoencoder: n
     line += f" besides text encoders and autoencoder; {where} {have / 1e9:.1f} GB"
     if needed > have:
         advice = ["more processes", "a smaller teacher"]
-        if not args.sample:
+        if args.training:
             if not args.lora:
                 advice.insert(0, "--lora 16")
             if args.batch > 1:
@@ -2735,7 +2923,8 @@ def sample(args: argparse.Namespace) -> None:
         pictures.append(teacher.decode(x))
     steps = args.steps or (4 if student else teacher.steps)
     name = f"{'student' if student else 'teacher'}, {steps} steps" + (", random weights" if args.random_weights else "")
-    for i, pixels in enumerate(to_pixels(torch.cat(pictures))):
+    drawn = to_pixels(torch.cat(pictures))
+    for i, pixels in enumerate(drawn):
         file = out if len(z) == 1 else out.with_stem(f"{out.stem}-{i + 1}")
         image = Image.fromarray(pixels)
         if args.random_weights:
@@ -2743,7 +2932,7 @@ def sample(args: argparse.Namespace) -> None:
         write(file, partial(image.save, format="PNG"))
         print(file)
     if len(z) > 1:
-        draw_samples(out, {name: torch.cat(pictures)}, args.sample)
+        draw_samples(out, {name: drawn}, args.sample)
         print(out)
 
 
@@ -2777,7 +2966,8 @@ def encode_once(
 
 
 # What a resumed run may be told otherwise.
-PASSING = ("out", "resume", "iters", "save_every", "device", "recompute", "sample", "words")
+PASSING = ("out", "resume", "iters", "save_every", "device", "recompute", "sample", "words", "training")
+PASSING += ("evaluate", "evaluate_every", "reference", "num", "clip")
 MOST_SKIPPED = 10  # updates in a row
 
 
@@ -2798,6 +2988,7 @@ def train(args: argparse.Namespace) -> None:
         prompts = read_prompts(args.prompts)
     else:
         prompts = compose(min(args.iters * args.batch * args.accumulate, 2048), args.seed)
+    judged, likes, clip = prepare_evaluation(args, prompts, 64) if args.evaluate_every else ([], [], None)
     make_folder(out)
     teacher = prepare(args)
     rank, world = processes()
@@ -2810,7 +3001,7 @@ def train(args: argparse.Namespace) -> None:
 
     if world > 1 and rank > 0:
         torch.distributed.barrier()  # the first process encodes, the others find it done
-    texts, pictures = encode_once(args, teacher, out / "cache", prompts, list(captions))
+    texts, pictures = encode_once(args, teacher, out / "cache", [*prompts, *judged], list(captions))
     if world > 1 and rank == 0:
         torch.distributed.barrier()
 
@@ -2841,8 +3032,11 @@ def train(args: argparse.Namespace) -> None:
             for w in trained(net):
                 w.data = w.data.float()
             compute_in(net, args.device, dtype)
-    for net in (teacher.dit, student, fake) if args.recompute else ():
-        recompute_blocks(net)
+    for net in (teacher.dit, student, fake):
+        if args.recompute:
+            recompute_blocks(net)
+        if args.compile:
+            compile_blocks(net)
     as_student(student)
 
     def on_device(rows: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -2879,12 +3073,19 @@ def train(args: argparse.Namespace) -> None:
     z = noise_like(torch.empty(len(shown), *shape[1:], device=args.device), picture_rng)
 
     def decode(x: Tensor) -> Tensor:
-        teacher.vae.to(args.device)
-        images = teacher.decode(x)
-        teacher.vae.to("cpu")  # while networks train, the device holds nothing else
-        return images
+        with visiting(args.device, teacher.vae):
+            return teacher.decode(x)
 
-    theirs = decode(teacher.sample(z, cond, uncond, guidance=args.guidance, rng=picture_rng))
+    evaluation_seconds, begun, measure = 0.0, time.perf_counter(), None
+    if judged:
+        with visiting(args.device, teacher.vae, clip.net):
+            place = 1 + len(prompts)
+            panel = Panel(teacher, clip, judged, lambda i: on_device(texts[[place + i]]), shape[1:], args.device)
+            measure = measure_against(args, panel, likes, uncond)
+        evaluation_seconds = time.perf_counter() - begun
+    best = min((row["scores"]["cmmd"][0] for row in log if "scores" in row), default=math.inf)
+
+    theirs = to_pixels(decode(teacher.sample(z, cond, uncond, guidance=args.guidance, rng=picture_rng)))
     note = " (random weights)" if args.random_weights else ""
     if rank == 0:
         write(out / "args.json", lambda file: file.write_text(json.dumps(vars(args), indent=2, default=str) + "\n"))
@@ -2897,7 +3098,8 @@ def train(args: argparse.Namespace) -> None:
         if not ours.isfinite().all():
             fail(f"diverged after {images:,} images: try a smaller --lr; {out} has what was saved before", status=1)
         if rank == 0:
-            rows = {f"teacher, {teacher.steps} steps": theirs, f"student, {steps} step{'s' * (steps > 1)}": ours}
+            rows = {f"teacher, {teacher.steps} steps": theirs}
+            rows[f"student, {steps} step{'s' * (steps > 1)}"] = to_pixels(ours)
             file = out / f"samples-{done:06d}.png"
             draw_samples(file, rows, shown, f"{Path(args.teacher).name}{note}, the student after {images:,} images")
             draw_losses(out / "loss.png", log)
@@ -2922,18 +3124,26 @@ def train(args: argparse.Namespace) -> None:
         for measured in distill(teacher.dit, student, fake, optimizers, batches(), shape, **settings):
             waiting.append(measured)
             done = measured["iteration"] + 1
+            if measure and (done % args.evaluate_every == 0 or done == args.iters):
+                start_of_it = time.perf_counter()
+                with visiting(args.device, teacher.vae, clip.net):
+                    measured["scores"], *_ = measure(few_step(student, steps, args.noise), "evaluation")
+                if measured["scores"]["cmmd"][0] < best:
+                    best = measured["scores"]["cmmd"][0]
+                    save_student(student, teacher, out / "student-best")
+                evaluation_seconds += time.perf_counter() - start_of_it
             save = done % args.save_every == 0 or done == args.iters
             # Reading the measurements waits for the device, so that is done seldom.
             if len(waiting) == 10 or save or (stop and world == 1):
-                log += read_measurements(waiting, args.device, out / "log.jsonl")
+                log += read_measurements(waiting, out / "log.jsonl")
                 waiting.clear()
                 recent = [row["fisher"] for row in log[-10:] if row["fisher"] is not None]
                 bar.set_postfix_str(say_progress(log, recent), refresh=False)
                 if skipped_in_a_row(log) >= MOST_SKIPPED:
                     bar.close()
                     fail(
-                        f"diverged: {MOST_SKIPPED} updates in a row, up to iteration {done}, had no finite gradient and were skipped; "
-                        f"try a smaller --lr; {out} has what was saved before",
+                        f"diverged: {MOST_SKIPPED} updates in a row, up to iteration {done}, had no finite gradient and "
+                        f"were skipped; try a smaller --lr; {out} has what was saved before",
                         status=1,
                     )
                 halt = torch.tensor(stop[-1] if stop else 0, device=args.device)
@@ -2951,6 +3161,11 @@ def train(args: argparse.Namespace) -> None:
                 fail(f"stopped after iteration {done}, which is saved. To go on:\n{again}", status=128 + int(halt))
     if rank > 0:
         return
+    if judged:
+        share = evaluation_seconds / (time.perf_counter() - begun)
+        print(
+            f"{out / 'student-best'}: CMMD {best:.3g} on {len(judged)} prompts; evaluation took {share:.0%} of the time"
+        )
     command = ["python", "sid_fm.py", "--teacher", args.teacher, "--student", str(out / "student")]
     for name in ("steps", "resolution", "device", "dtype", "tokens", "noise", "instruction"):
         if getattr(given, name) not in (None, "fresh"):
@@ -2959,15 +3174,14 @@ def train(args: argparse.Namespace) -> None:
     print(f"{out}: samples-*.png, loss.png and the student. To sample from it:\n{shlex.join(command)}")
 
 
-def read_measurements(waiting: list[dict], device: str, file: Path) -> list[dict]:
+def read_measurements(waiting: list[dict], file: Path) -> list[dict]:
     """Measurements as numbers, means over the processes, appended to the log; None is what was not finite."""
     names = [name for name, x in waiting[0].items() if isinstance(x, Tensor)]
-    values = torch.stack([torch.stack([row[name].double().cpu() for name in names]) for row in waiting])
+    values = torch.stack([torch.stack([row[name].float() for name in names]) for row in waiting])
     rank, world = processes()
     if world > 1:
-        values = values.float().to(device) if device == "cuda" else values
         torch.distributed.all_reduce(values)
-        values = values.cpu() / world
+        values = values / world
     rows = [
         row | {name: x if math.isfinite(x) else None for name, x in zip(names, line)}
         for row, line in zip(waiting, values.tolist())
@@ -3001,20 +3215,121 @@ def skipped_in_a_row(log: list[dict]) -> int:
 def say_progress(log: list[dict], recent: list[float]) -> str:
     skipped = sum(bool(row["skipped"]) for row in log)
     fisher = f"Fisher estimate {sum(recent) / len(recent):.3g}" if recent else "no finite Fisher estimate"
-    return f"{fisher}, {skipped} skipped" if skipped else fisher
+    cmmd = [f"CMMD {row['scores']['cmmd'][0]:.3g}" for row in log if "scores" in row][-1:]
+    return ", ".join([fisher, *cmmd, *[f"{skipped} skipped"] * bool(skipped)])
+
+
+MEASURES = {"clip": "CLIP score", "cmmd": "CMMD to the reference", "diversity": "diversity"}
+
+
+def prepare_evaluation(args: argparse.Namespace, given: list[str] | None, pictures: int) -> tuple[list, list, CLIP]:
+    """The prompts that are measured (the first of those given, else composed), the pictures of the reference (none: the
+    teacher's samples) and CLIP, before anything else is loaded. Raises BadInput."""
+    count = -(-(args.num or pictures) // SEEDS)
+    prompts = [*dict.fromkeys(given)][:count] if args.prompts or args.data else compose(count, args.seed + 1)
+    if len(prompts) < 3:
+        raise BadInput(f"an evaluation needs 3 prompts or more, not {len(prompts)}")
+    likes = []
+    if args.reference != "teacher":
+        likes = pictures_in(Path(args.reference))
+        if len(likes) < 3:
+            raise BadInput(f"--reference {args.reference} is no folder of 3 images or more (png, jpg, webp)")
+    try:
+        return prompts, likes, CLIP(args.clip)
+    except BadInput as error:
+        raise BadInput(f"{error}, or give --clip the folder of a CLIP model") from None
+
+
+def few_step(net: nn.Module, steps: int, noise: str) -> Callable:
+    """A student as what Panel.draw takes."""
+    return lambda z, cond, rng: generate(net, z, cond, steps, noise, rng=rng)
+
+
+def own_sampler(args: argparse.Namespace, teacher: Teacher, uncond: dict) -> Callable:
+    """The teacher's own as what Panel.draw takes."""
+    return lambda z, cond, rng: teacher.sample(z, cond, uncond, guidance=args.guidance, rng=rng)
+
+
+def measure_against(args: argparse.Namespace, panel: Panel, likes: list[Path], uncond: dict) -> Callable:
+    """Draws or reads the reference. Returns measure(sampler, title) -> scores, pictures, seconds a picture."""
+    from tqdm import tqdm
+
+    if likes:
+        with tqdm(likes, desc="reference", unit=" images", leave=False, disable=processes()[0] > 0) as bar:
+            reference = torch.stack([panel.clip.embed([read_pixels(file)]) for file in bar])
+    else:  # with other noise than those that are measured
+        reference, *_ = panel.draw(own_sampler(args, panel.teacher, uncond), args.seed + 1, "reference")
+
+    def measure(sampler: Callable, title: str) -> tuple[dict, list, float]:
+        x, shown, seconds = panel.draw(sampler, args.seed, title)
+        return scores(x, panel.texts, reference, paired=not likes), shown, seconds
+
+    return measure
+
+
+def evaluate(args: argparse.Namespace) -> None:
+    """--evaluate: measures the teacher's own sampler, and a student at 1, 2, 4 steps."""
+    out = args.out or Path("runs") / f"{Path(args.teacher).resolve().name}-evaluation"
+    prompts, likes, clip = prepare_evaluation(args, read_prompts(args.prompts) if args.prompts else None, 500)
+    make_folder(out)
+    teacher = prepare(args)
+    rank, world = processes()
+    shape = teacher.latent_shape(args.resolution)
+    student = load_student(args.student, teacher)
+    if rank > 0:
+        torch.distributed.barrier()  # the first process encodes, the others find it done
+    texts, _ = encode_once(args, teacher, out / "cache", prompts, [])
+    if world > 1 and rank == 0:
+        torch.distributed.barrier()
+
+    def cond_of(i: int) -> dict[str, Tensor]:
+        return {name: x.to(args.device) for name, x in texts[[i]].items()}
+
+    clip.net.to(args.device)
+    panel, uncond = Panel(teacher, clip, prompts, lambda i: cond_of(1 + i), shape, args.device), cond_of(0)
+    measure = measure_against(args, panel, likes, uncond)
+    samplers = {("teacher", teacher.steps): own_sampler(args, teacher, uncond)}
+    samplers |= {("student", n): few_step(student, n, args.noise) for n in sorted({1, 2, 4, args.steps or 4})}
+    rows, drawn = [], {}
+    for (name, n), sampler in samplers.items():
+        if args.device == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        found, shown, seconds = measure(sampler, f"{name}, {n} steps")
+        peak = torch.cuda.max_memory_allocated() if args.device == "cuda" else None
+        rows.append({"model": name, "steps": n, **found, "seconds": seconds, "peak_bytes": peak})
+        drawn[f"{name}, {n} step{'s' * (n > 1)}"] = shown[:4]
+    if rank > 0:
+        return
+    reference = f"pictures of {args.reference}" if likes else "teacher's own samples of the same prompts, other noise"
+    print(
+        f"{SEEDS * len(prompts)} pictures a row, {SEEDS} of a prompt; reference: the {reference}. +-: standard errors"
+    )
+    print(f"{'':8}  steps {'CLIP score':>17} {'CMMD':>17} {'diversity':>17}  s / picture  peak GB")
+    for row in rows:
+        line = "".join(f" {row[key][0]:>8.4f} +-{row[key][1]:6.4f}" for key in MEASURES)
+        peak = "" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 1e9:.1f}"
+        print(f"{row['model']:8} {row['steps']:6} {line} {row['seconds']:12.3f} {peak:>8}")
+    notes = {"args": {key: x for key, x in vars(args).items() if key != "words"}, "prompts": len(prompts), "rows": rows}
+    text = json.dumps(notes | {"seeds": SEEDS, "torch": torch.__version__}, indent=2, default=str) + "\n"
+    write(out / "metrics.json", lambda file: file.write_text(text, encoding="utf-8"))
+    title = f"{Path(args.teacher).name}{' (random weights)' * args.random_weights}: the same prompts and noise"
+    draw_samples(out / "samples.png", drawn, prompts[:4] if world == 1 else prompts[::world][:4], title)
+    print(f"{out}: metrics.json, samples.png")
 
 
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     warnings.formatwarning = lambda message, *_, **__: f"{message}\n"
     try:
-        sample(args) if args.sample else train(args)
+        (sample if args.sample else evaluate if args.evaluate else train)(args)
         if processes()[1] > 1:
             torch.distributed.destroy_process_group()
     except BadInput as error:
         fail(error)
     except torch.cuda.OutOfMemoryError:
         fail("the GPU's memory is full: try a smaller --batch, --resolution or --tokens", status=1)
+    except torch._dynamo.exc.TorchDynamoException as error:
+        fail(f"--compile failed ({str(error).strip().splitlines()[0]}): leave it out", status=1)
     except OSError as error:
         if error.errno != errno.ENOSPC:
             raise

@@ -31,3 +31,11 @@ def pipeline(tmp_path_factory):
         return built[key]
 
     return folder
+
+
+@pytest.fixture(scope="session")
+def clip_folder(tmp_path_factory):
+    """The folder of a tiny CLIP (tests/pipelines.py). To be read, not changed."""
+    from pipelines import clip_model
+
+    return clip_model(tmp_path_factory.mktemp("clip"))

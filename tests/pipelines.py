@@ -40,7 +40,7 @@ def randomise(module: nn.Module, seed: int) -> nn.Module:
                 n = n / 2
             elif p.ndim == 1 and name.endswith("weight"):
                 n = 1 + 0.1 * n
-            elif p.ndim == 1 or name.endswith("table"):
+            elif p.ndim <= 1 or name.endswith("table"):
                 n = 0.3 * n
             else:
                 n = n / math.sqrt(p[0].numel())
@@ -224,6 +224,22 @@ def autoencoder_dc() -> nn.Module:
         upsample_block_type="interpolate",
         scaling_factor=0.41407,
     )
+
+
+def clip_model(folder: Path, seed: int = 0) -> Path:
+    """Saves a tiny CLIP of both towers, with its tokenizer and image processor, as the Hub's repositories have it."""
+    text = clip(write_clip(folder, pad="<|endoftext|>"), 16, "quick_gelu", 24)
+    vision = transformers.CLIPVisionConfig(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, image_size=32, patch_size=8
+    )
+    config = transformers.CLIPConfig(text_config=text.to_dict(), vision_config=vision.to_dict(), projection_dim=24)
+    randomise(transformers.CLIPModel(config), seed).save_pretrained(folder)
+    mean, std = [0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]
+    options = {"do_resize": True, "do_center_crop": True, "do_normalize": True, "do_convert_rgb": True, "resample": 3}
+    options |= {"size": {"shortest_edge": 32}, "crop_size": {"height": 32, "width": 32}}
+    options |= {"image_mean": mean, "image_std": std, "image_processor_type": "CLIPImageProcessor"}
+    write_json(folder / "preprocessor_config.json", options)
+    return folder
 
 
 # ----------------------------------------------------------------------------------------------------------------------

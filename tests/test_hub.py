@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 
-from sid_fm import NAMES, wanted
+from sid_fm import NAMES, NETWORK, PIPELINE, wanted
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 TEACHER = NAMES["sd3-medium"].repository
@@ -91,7 +91,9 @@ LISTINGS = {  # (what is wanted, what else is there, only the network?)
 @pytest.mark.parametrize("listing", LISTINGS)
 def test_of_a_repository_each_tensor_is_wanted_once_and_no_pickle(listing):
     needed, others, network_only = LISTINGS[listing]
-    assert sorted(wanted((others + " " + needed).split(), network_only)) == sorted(needed.split())
+    assert sorted(wanted((others + " " + needed).split(), NETWORK if network_only else PIPELINE)) == sorted(
+        needed.split()
+    )
 
 
 class Hub(ThreadingHTTPServer):

@@ -1,15 +1,17 @@
 """The whole of it in miniature: a tiny teacher is trained for real, then distilled through the command line."""
 
+import json
 import math
 
 import diffusers
+import pytest
 import torch
 from pipelines import build
 
 import sid_fm
 
 PROMPTS = ["a red fox in the snow", "two ships on a stormy sea"]
-TOKENS = 8  # that T5 reads of them
+TOKENS = 7  # that T5 reads of them
 SHAPE = (16, 4, 4)
 EACH = 256  # samples of each prompt that distances are measured on
 
@@ -36,7 +38,7 @@ class Data:
         """prompt: [B], indices -> [B, C, h, w]"""
         mode = self.modes[prompt, torch.randint(3, prompt.shape, generator=rng)]
         noise = torch.randn(mode.shape, generator=rng)
-        return math.sqrt(0.2) * mode + math.sqrt(0.6) * self.field(prompt.shape, rng) + math.sqrt(0.2) * noise
+        return math.sqrt(0.7) * mode + math.sqrt(0.2) * self.field(prompt.shape, rng) + math.sqrt(0.1) * noise
 
 
 def train_teacher(folder, data, seed, iters=400, batch=32):
@@ -77,17 +79,24 @@ def distance(x, y):
     return (2 * torch.cdist(x, y).mean() - within).item() / math.sqrt(x.shape[1])
 
 
-def test_the_student_is_closer_to_the_teacher_than_the_teacher_in_four_steps(tmp_path, monkeypatch):
-    monkeypatch.setattr(sid_fm, "CLIP_LENGTH", 8)  # most of what attention would read is its padding, 77 tokens long
-    data, prompts = Data(seed=0), tmp_path / "prompts.txt"
-    train_teacher(tmp_path / "teacher", data, seed=0)
-    prompts.write_text("\n".join(PROMPTS))
-    command = f"--teacher {tmp_path / 'teacher'} --prompts {prompts} --tokens {TOKENS} --out {tmp_path / 'run'}"
-    command += " --device cpu --guidance 1 --iters 200 --batch 128 --lr 5e-4"
-    sid_fm.main(command.split())
+@pytest.fixture(scope="module")
+def distilled(tmp_path_factory):
+    """The folder of a teacher and of its student's run, and what the teacher was trained on."""
+    folder, data = tmp_path_factory.mktemp("miniature"), Data(seed=0)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sid_fm, "CLIP_LENGTH", 8)  # most of what attention would read is its padding, 77 tokens long
+        train_teacher(folder / "teacher", data, seed=0)
+        (folder / "prompts.txt").write_text("\n".join(PROMPTS))
+        command = f"--teacher {folder / 'teacher'} --prompts {folder / 'prompts.txt'} --tokens {TOKENS}"
+        command += f" --out {folder / 'run'} --device cpu --guidance 1 --iters 200 --batch 128 --lr 5e-4"
+        sid_fm.main(command.split())
+        yield folder, data
 
-    teacher = sid_fm.load_teacher(tmp_path / "teacher")
-    student = sid_fm.load_student(tmp_path / "run" / "student", teacher)
+
+def test_the_student_is_closer_to_the_teacher_than_the_teacher_in_four_steps(distilled):
+    folder, data = distilled
+    teacher = sid_fm.load_teacher(folder / "teacher")
+    student = sid_fm.load_student(folder / "run" / "student", teacher)
     conds = teacher.encode_prompts(PROMPTS, TOKENS)
 
     def samples(draw, seed):
@@ -112,3 +121,26 @@ def test_the_student_is_closer_to_the_teacher_than_the_teacher_in_four_steps(tmp
     print(f"in four steps {own:.4f} (Euler), {few:.4f} (as the student); student {distilled:.4f}")
     assert apart(truth) < apart(truth.flip(0)) / 3
     assert distilled < min(own, few) / 2  # over eight seeds the ratio was 0.07 to 0.22
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:prompts were cut")
+def test_an_evaluation_ranks_what_it_is_known_to_rank(distilled, clip_folder, tmp_path, monkeypatch, capsys):
+    """The teacher's samples against themselves, the student, the undistilled teacher in four steps, and noise."""
+    folder, _ = distilled
+    monkeypatch.setattr(sid_fm, "SEEDS", 64)
+    # What is longer than the encoders read is cut: twenty-four prompts, of which the teacher sees two.
+    (tmp_path / "prompts.txt").write_text("\n".join(f"{PROMPTS[i % 2]} number {i}" for i in range(24)))
+    command = f"--teacher {folder / 'teacher'} --prompts {tmp_path / 'prompts.txt'} --tokens {TOKENS} --device cpu"
+    command += f" --guidance 1 --clip {clip_folder} --num 1536 --evaluate --student"
+    few_step, noise = sid_fm.few_step, lambda z, cond, rng: z
+    sid_fm.main([*command.split(), str(folder / "run" / "student"), "--out", str(tmp_path / "student")])
+    with monkeypatch.context() as patch:  # noise in the place of the undistilled teacher's one step
+        patch.setattr(sid_fm, "few_step", lambda net, steps, *of: noise if steps == 1 else few_step(net, steps, *of))
+        sid_fm.main([*command.split(), str(folder / "teacher"), "--out", str(tmp_path / "undistilled")])
+    print(capsys.readouterr().out)
+    rows = (json.loads((tmp_path / name / "metrics.json").read_text())["rows"] for name in ("student", "undistilled"))
+    (own, one, _, four), (again, noise, _, few) = ([row["cmmd"] for row in table] for table in rows)
+    assert own == again and abs(own[0]) < 4 * own[1]
+    assert four[0] < one[0] < few[0]  # the student, in four steps and in one, before the undistilled teacher in four
+    assert own[0] < one[0] - 2 * one[1] and few[0] < noise[0] - 2 * noise[1]

@@ -5,6 +5,7 @@ import itertools
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -179,6 +180,30 @@ def test_recomputed_blocks_give_the_same_gradients_from_less_memory(name):
         *(copy.deepcopy(plain).to("meta"), x_t.to("meta"), {k: x.to("meta") for k, x in cond.items()})
     )
     assert 0.7 * kept[0] < meta < 1.5 * kept[0] and less < meta
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+@pytest.mark.parametrize("family", NETWORKS)
+def test_compiled_blocks_compute_the_same(family):
+    """Outputs and every gradient, blocks recomputed or not."""
+    net = network(family)
+    x_t, t, cond = inputs(2)
+    expected = net(x_t.requires_grad_(), t, cond)
+    wanted = torch.autograd.grad(expected.square().sum(), [x_t, *net.parameters()], allow_unused=True)
+    largest = max(x.abs().max() for x in wanted if x is not None)
+    for recomputed in (False, True):
+        twin = copy.deepcopy(net)
+        if recomputed:
+            sid_fm.recompute_blocks(twin)
+        sid_fm.compile_blocks(twin)
+        v = twin(x_t, t, cond)
+        torch.testing.assert_close(v, expected, rtol=1e-4, atol=1e-5)
+        found = torch.autograd.grad(v.square().sum(), [x_t, *twin.parameters()], allow_unused=True)
+        for a, b in zip(found, wanted):
+            assert (a is None) == (b is None)
+            if b is not None:
+                assert (a - b).abs().max() <= 1e-5 * largest  # keys' biases have no gradient but rounding
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -238,11 +238,14 @@ def test_bad_input_is_one_line_and_exit_status_2(monkeypatch, capsys, args, says
 
 
 def test_ctrl_c_keeps_what_was_drawn(tmp_path):
+    former = signal.signal(signal.SIGINT, signal.default_int_handler)  # children of a shell's background job ignore it
     process = subprocess.Popen(
         [sys.executable, str(SCRIPT), "--quick", "--out", str(tmp_path)],
-        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # which a shell's background jobs ignore
-    )  # fmt: skip
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    signal.signal(signal.SIGINT, former)
     deadline = time.monotonic() + 60
     while not (tmp_path / "alpha.png").exists() and time.monotonic() < deadline:
         time.sleep(0.1)
