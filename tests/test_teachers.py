@@ -86,6 +86,35 @@ def test_sampling(pipeline, family, steps):
     assert error((images / 2 + 0.5).clamp(0, 1), expected) < 1e-4
 
 
+@pytest.mark.parametrize("family", ["sd3-medium", "flux-dev", "sana"])
+def test_a_student_samples_in_diffusers_as_here(pipeline, family, monkeypatch):
+    """As the README says: its pipeline with a scheduler that draws fresh noise between steps."""
+    folder = pipeline(family)
+    teacher, oracle = teacher_and_oracle(pipeline, family)
+    oracle.scheduler = diffusers.FlowMatchEulerDiscreteScheduler(stochastic_sampling=True)
+    student = load_student(folder, teacher)
+    side = 4 * teacher.vae.downscale
+    z = draw(teacher, side, side, torch.float32)
+    options = {"height": side, "width": side, "output_type": "pt", "guidance_scale": 1.0, "num_inference_steps": 4}
+    options |= {"sigmas": [1.0, 0.75, 0.5, 0.25], "latents": z}
+    if family == "sana":
+        options["use_resolution_binning"] = False
+    if family == "flux-dev":  # its latents are packed, and so is the noise that it draws
+        options["latents"] = oracle._pack_latents(z, *z.shape)
+
+        def packed_noise(x, rng):
+            return oracle._unpack_latents(torch.randn(options["latents"].shape), side, side, oracle.vae_scale_factor)
+
+        monkeypatch.setattr(sid_fm, "noise_like", packed_noise)
+    cond = teacher.encode_prompts(PROMPTS)
+    torch.manual_seed(5)
+    with torch.no_grad():
+        x = sid_fm.generate(student, z, cond)
+    torch.manual_seed(5)
+    expected = torch.as_tensor(oracle(PROMPTS, **options).images)
+    assert error((teacher.decode(x) / 2 + 0.5).clamp(0, 1), expected) < 1e-4
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_sampling_in_float64(pipeline, family):
     """The pipelines step in float32, so here the oracle's networks are stepped by hand, at its scheduler's times."""

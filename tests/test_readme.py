@@ -1,0 +1,165 @@
+"""What the README says is there: names, commands, flags, figures, quoted lines; and what it marks as quick runs."""
+
+import argparse
+import ast
+import contextlib
+import io
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import dit_tiny
+import sid_fm
+import toy_2d
+
+ROOT = Path(sid_fm.__file__).parent
+TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
+SCRIPTS = {"sid_fm.py": sid_fm, "toy_2d.py": toy_2d, "dit_tiny.py": dit_tiny}
+FENCED = re.findall(r"```(\w*)\n(.*?)```", TEXT, re.DOTALL)
+CODE = re.findall(r"`([^`\n]+)`", re.sub(r"```.*?```", "", TEXT, flags=re.DOTALL))
+COMMANDS = [
+    line.split("  #")[0].strip()
+    for line in [*CODE, *(line for kind, block in FENCED if not kind for line in block.splitlines())]
+    if re.match(r"(python|pytest|torchrun|pip) ", line)
+]
+
+
+def names_of(module) -> set[str]:
+    """Everything that a module defines, at any depth, and the keys of its tables."""
+    tree = ast.parse(Path(module.__file__).read_text())
+    defined = {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.ClassDef)}
+    return defined | {name for name in vars(module) if not name.startswith("__")}
+
+
+NAMES = {name: names_of(module) for name, module in SCRIPTS.items()}
+
+
+def test_every_name_exists():
+    """sid_fm.x anywhere, x.y() of a class, and every word in backticks that looks like a function or class of ours."""
+    for name in set(re.findall(r"\bsid_fm\.(\w+)", TEXT)) - {"py"}:
+        assert name in NAMES["sid_fm.py"], name
+    everything = set.union(*NAMES.values())
+    for word in CODE:
+        if re.fullmatch(r"[a-z]+(_[a-z0-9]+)+|[A-Z]\w*[a-z]\w*|[A-Z]{3,}", word) and word not in {
+            "HF_HOME",
+            "HF_TOKEN",
+        }:
+            assert (
+                word in everything or word.startswith(("HF_", "from_pretrained", "load_lora")) or word == "file_name"
+            ), word
+    for owner, attribute in re.findall(r"`([A-Z]\w+)\.(\w+)`", TEXT):
+        net = getattr(sid_fm, owner)
+        source = ast.get_source_segment(Path(sid_fm.__file__).read_text(), node_of(owner))
+        assert hasattr(net, attribute) or f"self.{attribute}" in source, (owner, attribute)
+
+
+def node_of(name: str) -> ast.AST:
+    tree = ast.parse(Path(sid_fm.__file__).read_text())
+    return next(node for node in tree.body if getattr(node, "name", None) == name)
+
+
+def parse(script: str, words: list[str], monkeypatch) -> argparse.Namespace:
+    monkeypatch.setattr(sys, "argv", [script, *words])
+    return SCRIPTS[script].parse()
+
+
+@pytest.mark.parametrize("command", sorted(set(COMMANDS)))
+def test_every_command_is_understood(command, monkeypatch):
+    program, *words = shlex.split(command.replace(" ...", ""))
+    if program == "pip":
+        assert (ROOT / words[-1]).is_file()
+        return
+    if program == "torchrun":
+        assert re.fullmatch(r"--nproc_per_node=\d+", words.pop(0))
+    if program == "pytest":
+        files = [word for word in words if word.endswith(".py")]
+        assert all((ROOT / file).is_file() for file in files)
+        return
+    script, *words = words
+    assert (ROOT / script).is_file()
+    if script in SCRIPTS:
+        parse(script, words, monkeypatch)
+
+
+@pytest.mark.parametrize("command", [c for c in sorted(set(COMMANDS)) if c.startswith("pytest") and " -k " in c])
+def test_tests_that_are_named_are_there(command):
+    words = shlex.split(command)
+    run = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "--collect-only", *words[1:]],
+        cwd=ROOT, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stdout
+
+
+def test_every_flag_exists(monkeypatch, capsys):
+    flags = set()
+    for script in SCRIPTS:
+        with pytest.raises(SystemExit), contextlib.redirect_stdout(io.StringIO()) as out:
+            parse(script, ["--help"], monkeypatch)
+        flags |= set(re.findall(r"--[a-z][\w-]*", out.getvalue()))
+    mentioned = set(re.findall(r"(?<![\w-])--[a-z][\w-]*", TEXT)) - {"--nproc_per_node"}
+    assert mentioned and mentioned <= flags, mentioned - flags
+
+
+def test_figures_are_there_and_all_are_shown():
+    shown = set(re.findall(r"!\[[^\]]+\]\((\.github/figures/[^)]+)\)", TEXT))
+    there = {str(path.relative_to(ROOT)) for path in (ROOT / ".github" / "figures").iterdir()}
+    assert shown == there
+    assert sum((ROOT / path).stat().st_size for path in there) < 2e6
+
+
+def test_links_within_the_page_lead_somewhere():
+    heads = re.findall(r"^#+ (.+)$", re.sub(r"```.*?```", "", TEXT, flags=re.DOTALL), re.MULTILINE)
+    anchors = {re.sub(r"[^\w -]", "", head.lower()).replace(" ", "-") for head in heads}
+    assert set(re.findall(r"\]\(#([^)]+)\)", TEXT)) <= anchors
+
+
+def test_the_lines_of_distill_are_its_lines():
+    source = ast.get_source_segment(Path(sid_fm.__file__).read_text(), node_of("distill"))
+    rows = re.findall(r"^\| \d+ \| .* \| `(.+)` \|$", TEXT, re.MULTILINE)
+    assert len(rows) == 10
+    assert not [row for row in rows if row not in source]
+
+
+def test_the_chapters_are_as_long_as_it_says():
+    source = Path(sid_fm.__file__).read_text().splitlines()
+    starts = [(int(m[1]), i) for i, line in enumerate(source) if (m := re.match(r"# (\d+)\. ", line))]
+    lengths = {n: end - i for (n, i), (_, end) in zip(starts, [*starts[1:], (0, len(source))])}
+    said = {int(n): int(lines) for n, lines in re.findall(r"^\| (\d+)\. .* \| (\d+) \|$", TEXT, re.MULTILINE)}
+    assert said.keys() == lengths.keys()
+    assert all(abs(said[n] - lengths[n]) <= 10 for n in said), lengths
+
+
+def test_the_loop_in_the_readme_runs(capsys):
+    (block,) = [block for kind, block in FENCED if kind == "python" and "sid_fm.distill" in block]
+    net = toy_2d.Net()
+    block = block.replace("teacher = ...", "teacher = net").replace("steps=4):", "steps=4, iters=2):")
+    exec("import copy, itertools, torch, sid_fm\n" + block, {"net": net})  # noqa: S102 (the README is ours)
+    assert len(capsys.readouterr().out.splitlines()) == 2
+
+
+def test_the_sampling_in_the_readme_runs(pipeline, monkeypatch, tmp_path):
+    """On a small SANA in the place of the real one, on the CPU."""
+    (block,) = [block for kind, block in FENCED if kind == "python" and "load_teacher" in block]
+    block = block.replace('"sana-0.6b", device="cuda", dtype=torch.bfloat16', repr(str(pipeline("sana"))))
+    block = block.replace('device="cuda"', 'device="cpu"').replace("512", "64")
+    block = block.replace('"runs/sana-0.6b/student"', repr(str(pipeline("sana") / "transformer")))
+    here: dict = {}
+    with torch.no_grad():
+        exec("import torch, sid_fm\n" + block, here)  # noqa: S102 (the README is ours)
+    assert here["images"].shape == (1, 3, 64, 64)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "command", [line for line in COMMANDS if "--check" in line or line.endswith("toy_2d.py --quick")]
+)
+def test_what_is_quick_runs(command, tmp_path):
+    _, script, *words = shlex.split(command)
+    run = subprocess.run([sys.executable, ROOT / script, *words], cwd=tmp_path, capture_output=True, check=False)
+    assert run.returncode == 0, run.stderr
