@@ -18,6 +18,7 @@ import torch
 from pipelines import randomise
 from safetensors.torch import load_file
 from torch.multiprocessing import spawn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import sid_fm
 
@@ -238,6 +239,35 @@ def test_a_bad_batch_is_skipped_and_training_goes_on():
         seen.append((float(measured["skipped"]), torch.cat([p.flatten() for p in student.parameters()]).clone()))
     assert [skipped for skipped, _ in seen] == [0, 2, 0]
     assert torch.equal(seen[0][1], seen[1][1]) and not torch.equal(seen[1][1], seen[2][1])
+
+
+class HostReads(TorchDispatchMode):
+    """Lists the operations whose result the host waits for on a GPU: a value, or a shape that depends on values."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if torch.Tag.data_dependent_output in function.tags or torch.Tag.dynamic_output_shape in function.tags:
+            self.seen.append(str(function))
+        return function(*args, **kwargs or {})
+
+    def __enter__(self):
+        self.seen = []
+        return super().__enter__()
+
+
+@pytest.mark.parametrize("data", [False, True], ids=["data-free", "data-aided"])
+@pytest.mark.parametrize("name", NETWORKS)
+def test_the_host_reads_nothing_in_an_iteration(name, data):
+    """With fused optimizers; others must know whether to step."""
+    teacher = network(name)
+    for fused in (True, False):
+        student, fake = copy.deepcopy(teacher), copy.deepcopy(teacher)
+        x_t, _, cond = inputs(2)
+        batches = [(cond, x_t if data else None)] * 3
+        options = {"guidance": 2.0, "uncond": inputs(1, seed=99)[2], "warmup": (2, 4), "rng": torch.Generator()}
+        optimizers = adam(student, fused=fused), adam(fake, fused=fused)
+        with HostReads() as reads:
+            assert len(list(sid_fm.distill(teacher, student, fake, optimizers, batches, x_t.shape, **options))) == 3
+        assert bool(reads.seen) == (not fused), reads.seen
 
 
 # ----------------------------------------------------------------------------------------------------------------------
