@@ -91,7 +91,7 @@ def path_terms(t: Tensor, path: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 def time_at(a: Tensor, s: Tensor, path: str) -> Tensor:
-    """The time on `path` whose signal-to-noise ratio is a : s. On vp and ve, times beyond the path's end are clamped."""
+    """The time on `path` at which signal and noise are as a to s. On vp and ve, times beyond the path's end are clamped."""
     known("path", path, T_END)
     if path == "rf":
         return s / (a + s)
@@ -244,13 +244,12 @@ class RectifiedFlowView(nn.Module):
         super().__init__()
         self.net, self.path, self.predicts = net, path, predicts
 
-    def forward(self, x_t: Tensor, t: Tensor, cond: dict | None = None, **features: bool):
+    def forward(self, x_t: Tensor, t: Tensor, cond: dict | None = None, features: bool = False):
         x_u, u = equal_snr(x_t, t, "rf", self.path)
-        out = self.net(x_u, u, cond, **features)
-        pred, *hidden = out if features else (out,)
+        pred, hidden = self.net(x_u, u, cond, features=True) if features else (self.net(x_u, u, cond), None)
         x_0 = convert(pred, x_u, u, self.path, self.predicts, "x0")
         v = convert(x_0, x_t, t, "rf", "x0", "v")
-        return (v, *hidden) if features else v
+        return (v, hidden) if features else v
 
 
 def as_rectified_flow(net: nn.Module, path: str, predicts: str = "v") -> nn.Module:
@@ -313,7 +312,7 @@ WEIGHTS = {  # w(t) of the generator's loss; where t stands in a denominator, th
     "1/t^2": lambda t: 1 / t.square().clamp(min=1e-5),
     "snr": lambda t: (1 - t) ** 2 / t.square().clamp(min=1e-5),
     "snr_sqrt": lambda t: (1 - t) / t.clamp(min=1e-5),
-    "sid": None,  # 1 / mean |x_g - f_phi|, of the sample and not of t alone: the identities of the paper need the latter
+    "sid": None,  # 1 / mean |x_g - f_phi|: of the sample, where the identities of the paper ask for a function of t
 }
 
 
@@ -509,10 +508,11 @@ def distill(
     frozen here. batches yields cond (a dict of tensors or None) and real (data-aided: clean samples x_0 of that cond;
     data-free: None), `accumulate` times an iteration, and one step goes down the mean of their losses; the loop ends with
     it, or after `iters`, counted from `start`. shape: of a batch of samples, (B, ...). law: of the times t of both losses.
-    guidance: "long and short", the same in the fake network's training and in both networks of the generator's loss; the
+    guidance: the same in the fake network's training and in both networks of the generator's loss ("long and short"); the
     generator itself runs without. rng: where all noise and times come from; its seed fixes k.
-    The generator's loss is sid_scale L_alpha (against Adam's eps). Data-aided it is (sid_scale L_alpha + adversarial) / 2,
-    but the generator waits for the first warmup[0] images, and sees L_alpha alone until warmup[1].
+    The generator's loss is sid_scale L_alpha, so that its gradient stays above Adam's eps. Data-aided it is
+    (sid_scale L_alpha + adversarial) / 2, but the generator waits for the first warmup[0] images, and sees L_alpha alone
+    until warmup[1].
 
     Yields after each iteration a dict of measurements, as tensors on the device: loss (L_alpha or DMD's), fisher (L1, an
     estimate of the Fisher divergence: the number to watch), fake_loss, data-aided discriminator and adversarial, and
@@ -520,7 +520,8 @@ def distill(
     so far, by all processes) and k. Nothing in an iteration waits for the device if the optimizers are fused. Raises
     ValueError for an unknown loss, weight or noise.
     """
-    known("loss", loss, LOSSES), known("weight", weight, WEIGHTS), known("noise", noise, NOISES)
+    for what, name, choices in (("loss", loss, LOSSES), ("weight", weight, WEIGHTS), ("noise", noise, NOISES)):
+        known(what, name, choices)
     student_optimizer, fake_optimizer = optimizers
     for net in (teacher, student, fake):
         net.requires_grad_(False)

@@ -750,7 +750,7 @@ def save(figure, out: Path, name: str) -> None:
 
 
 def draw_densities(out: Path) -> None:
-    """(c) pi(lambda) of the known recipes: the paper's figure 2."""
+    """pi(lambda) of the known recipes: the paper's figure 2."""
     plt = pyplot()
     figure, axis = plt.subplots(figsize=(8, 4.4))
     lam = torch.linspace(-15, 20, 2000).double()
@@ -766,7 +766,7 @@ def draw_densities(out: Path) -> None:
 
 
 def draw_alpha(out: Path) -> None:
-    """(d) What alpha does, exactly, for the affine generator x_g = m + s z and mixture data in one dimension."""
+    """What alpha does, exactly, for the affine generator x_g = m + s z and mixture data in one dimension."""
     plt = pyplot()
     with float64():
         g = gradients(*ON_A_LINE["mixture data"]())
@@ -774,25 +774,26 @@ def draw_alpha(out: Path) -> None:
     along = [g["path_2"] - alpha * g["path_1"] for alpha in alphas]
     figure, (plane, line) = plt.subplots(1, 2, figsize=(10, 4.4))
     for name, vector, color in (
-        ("true gradient D'", g["true"], INK),
-        ("path_1: L1 alone, psi held", g["path_1"], RED),
-        (r"path_2: $\alpha = 0$", g["path_2"], GREY),
-        (r"$\alpha = 1/2$: half of D'", g["path_2"] - g["path_1"] / 2, BLUE),
-        (r"$\alpha = 1$: what flows through $\psi^*$ in L2", g["through psi*"] / 2, GREEN),
+        (r"true gradient $dL/d\theta$", g["true"], INK),
+        (r"$\nabla L_1$, the naive loss", g["path_1"], RED),
+        (r"$\nabla L_2$: $\alpha = 0$", g["path_2"], GREY),
+        (r"$\alpha = 1/2$: half of the true gradient", g["path_2"] - g["path_1"] / 2, BLUE),
+        (r"$\alpha = 1$: $c$, what $\nabla L_2$ lacks", g["through psi*"] / 2, GREEN),
     ):
         plane.annotate("", vector.tolist(), (0, 0), arrowprops={"arrowstyle": "-|>", "color": color, "lw": 2.5})
         plane.plot([], [], color=color, linewidth=2.5, label=name)
     ends = torch.stack([torch.zeros(2), g["true"], g["path_1"], *along])
-    plane.plot(*torch.stack(along).T, ":", color=INK, linewidth=1, label=r"$L_\alpha$ for $\alpha$ from 0 to 1.5")
+    plane.plot(*torch.stack(along).T, ":", color=INK, linewidth=1, label=r"$\nabla L_\alpha$, $\alpha$ from 0 to 1.5")
     (left, bottom), (right, top) = (ends.min(0).values - 0.008).tolist(), (ends.max(0).values + 0.008).tolist()
     plane.set(xlim=(left, right + 0.02), ylim=(bottom, top + 0.035), xlabel="d/dm", ylabel="d/ds", aspect="equal")
-    plane.set_title("Gradients in (m, s)", loc="left")
+    plane.set_title(r"$\nabla$: with $\psi$ held", loc="left")
     plane.locator_params(axis="x", nbins=4)
     plane.legend(fontsize=8.5, loc="upper left")
     line.plot(alphas, [angle(vector, g["true"]) for vector in along], color=INK, linewidth=2)
     line.set(xlabel=r"$\alpha$", ylabel="degrees", ylim=(0, None))
     line.set_title(
-        rf"Angle of $L_\alpha$'s gradient to D' (L1 alone: {angle(g['path_1'], g['true']):.0f}°)", loc="left"
+        rf"Angle of $\nabla L_\alpha$ to the true gradient ($\nabla L_1$: {angle(g['path_1'], g['true']):.0f}°)",
+        loc="left",
     )
     for alpha, label in ((0.5, "unbiased"), (1.0, "the authors' choice")):
         line.axvline(alpha, color=GREY, linestyle=":")
@@ -801,7 +802,7 @@ def draw_alpha(out: Path) -> None:
 
 
 def draw_samples(out: Path, panels: dict[str, Tensor]) -> None:
-    """(a) Data, teacher and students side by side."""
+    """Data, teacher and students side by side."""
     plt = pyplot()
     figure, axes = plt.subplots(1, len(panels), figsize=(2.4 * len(panels), 2.8), sharex=True, sharey=True)
     limit = 1.15 * float(panels["data"].abs().max())
@@ -836,7 +837,7 @@ def fit_decay(x: np.ndarray, y: np.ndarray) -> dict[str, Decay]:
 
 
 def draw_convergence(out: Path, fisher: list[float], w2: dict[int, float], floor: float) -> dict[str, dict[str, Decay]]:
-    """(b) Fisher estimate and sliced W2 against iterations, on log-log and on semilog axes, with both fits."""
+    """Fisher estimate and sliced W2 against iterations, on log-log and on semilog axes, with both fits."""
     plt = pyplot()
     figure, axes = plt.subplots(2, 2, figsize=(10, 7), sharey="row")
     blocks = np.array_split(np.array(fisher), min(60, len(fisher)))
@@ -866,7 +867,7 @@ def draw_convergence(out: Path, fisher: list[float], w2: dict[int, float], floor
 
 @torch.no_grad()
 def draw_flow(out: Path, teacher: nn.Module, student: nn.Module) -> None:
-    """(e) The teacher's velocity field, and the paths of the same samples in 64 steps and in one."""
+    """The teacher's velocity field, and the paths of the same samples in 64 steps and in one."""
     plt = pyplot()
     figure, axes = plt.subplots(1, 4, figsize=(13, 3.7), sharex=True, sharey=True)
     points = torch.cartesian_prod(*[torch.linspace(-2.2, 2.2, 17)] * 2)
