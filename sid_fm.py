@@ -1942,26 +1942,27 @@ def locate(name_or_path: str | Path) -> tuple[Path, Family, dict]:
     return folder, PIPELINES[pipeline], {"timestep_scale": 0.001} if sprint else {}
 
 
-def describe(name_or_path: str, random_weights: bool = False) -> tuple[Family, dict, nn.Module]:
-    """What is known of a teacher before any weight is read: its family, its network's configuration, and its autoencoder
-    on the meta device; of a name nothing is downloaded. Raises BadInput, for a folder's weights that don't fit their
-    configuration too."""
-    if name_or_path in NAMES:
-        family = PIPELINES[NAMES[name_or_path].pipeline]
+def describe(name_or_path: str | Path, random_weights: bool = False) -> Teacher:
+    """What is known of a teacher before any weight is read: its networks are on the meta device, and of a name nothing is
+    downloaded. Raises BadInput, for a folder's weights that don't fit their configuration too."""
+    name = str(name_or_path)
+    if name in NAMES:
+        family = PIPELINES[NAMES[name].pipeline]
         with torch.device("meta"):
-            return family, network_config(family, NAMES[name_or_path].network), build(family.autoencoder, family.latent)
+            dit = build(family.backbone, network_config(family, NAMES[name].network))
+            return Teacher(name, None, family, dit, build(family.autoencoder, family.latent), family.scheduler)
     if random_weights:
-        raise BadInput(f"random weights need one of the names {', '.join(NAMES)}, not {name_or_path}")
-    folder, family, override = locate(name_or_path)
-    net, _ = open_part(family.backbone, folder / "transformer", **override)
-    return family, net.config, open_part(family.autoencoder, folder / "vae")[0]
+        raise BadInput(f"random weights need one of the names {', '.join(NAMES)}, not {name}")
+    folder, family, override = locate(name)
+    dit, vae = (
+        open_part(family.backbone, folder / "transformer", **override),
+        open_part(family.autoencoder, folder / "vae"),
+    )
+    return Teacher(name, folder, family, dit[0], vae[0], {})
 
 
 def load_teacher(
-    name_or_path: str | Path,
-    device: str = "cpu",
-    dtype: torch.dtype = torch.float32,
-    random_weights: bool = False,
+    name_or_path: str | Path, device: str = "cpu", dtype: torch.dtype = torch.float32, random_weights: bool = False
 ) -> Teacher:
     """A teacher by name (a key of NAMES), from a folder in the diffusers layout, or from a Hub repository.
 
@@ -1970,17 +1971,16 @@ def load_teacher(
     """
     name = str(name_or_path)
     if random_weights:
-        if name not in NAMES:
-            raise BadInput(f"random weights need one of the names {', '.join(NAMES)}, not {name}")
-        family = PIPELINES[NAMES[name].pipeline]
-        dit = random_part(family.backbone, network_config(family, NAMES[name].network), device, dtype)
-        vae = random_part(family.autoencoder, family.latent, device, dtype)
-        return Teacher(name, None, family, dit, vae, family.scheduler)
-    folder, family, override = locate(name_or_path)
+        known = describe(name, random_weights)
+        nets = [random_part(type(net), net.config, device, dtype) for net in (known.dit, known.vae)]
+        return Teacher(name, None, known.family, *nets, known.scheduler)
+    folder, family, override = locate(name)
     scheduler = read_json(folder / "scheduler" / "scheduler_config.json")
-    dit = open_part(family.backbone, folder / "transformer", **override)
-    vae = open_part(family.autoencoder, folder / "vae")
-    return Teacher(name, folder, family, *(fill_part(*part, device, dtype) for part in (dit, vae)), scheduler)
+    parts = (
+        open_part(family.backbone, folder / "transformer", **override),
+        open_part(family.autoencoder, folder / "vae"),
+    )
+    return Teacher(name, folder, family, *(fill_part(*part, device, dtype) for part in parts), scheduler)
 
 
 def as_student(net: nn.Module) -> nn.Module:
@@ -2166,10 +2166,8 @@ def kept_by_autograd(net: nn.Module, x_t: Tensor, cond: dict) -> tuple[int, int]
 
 
 def memory_needed(
-    family: Family,
-    config: dict,
+    teacher: Teacher,
     shape: tuple[int, ...],
-    *,
     dtype: torch.dtype,
     rank: int = 0,
     guidance: float = 1.0,
@@ -2178,21 +2176,21 @@ def memory_needed(
 ) -> dict[str, float]:
     """Bytes by part that distillation takes on each device: weights (three networks, the teacher in dtype, what is trained
     in float32), gradients (of one network at a time), Adam's moments (of two), and the activations of the generator's
-    update, "recomputed" as far as recompute_blocks leaves them. shape: of a batch of latents, (B, C, h, w)."""
+    update, "recomputed" as far as recompute_blocks leaves them. teacher: as described. shape: of a batch of latents."""
+    config = teacher.dit.config
     with torch.device("meta"):
-        net = build(family.backbone, config).to(dtype)
+        net = build(teacher.family.backbone, config).to(dtype)
         size = sum(p.numel() for p in net.parameters())
         count = sum(p.numel() for p in trained(adapt(net, rank) if rank else net))
-    width = {"text": config.get("joint_attention_dim", config.get("caption_channels")), "mask": 0}
-    width["pooled"] = config.get("pooled_projection_dim")
+    width = config.get("joint_attention_dim") or config["caption_channels"]
+    longer = tokens - TEXT_LENGTH[teacher.family.kind] if tokens else 0
+    sizes = {name: (n + longer, *[width] * len(rest)) for name, (n, *rest) in teacher.family.conditions.items()}
+    if "pooled" in sizes:
+        sizes["pooled"] = (config["pooled_projection_dim"],)
     activations = [0, 0]
-    doubled = 1 if guidance == 1 else 2
     # The generator's graph holds gradients of weights, the two networks behind it of inputs alone.
-    for rows, weights_too in ((shape[0], not rank), (2 * doubled * shape[0], False)):
-        cond = {}
-        for name, (length, *rest) in family.conditions.items():
-            sizes = (tokens or length, *[width[name]] * len(rest)) if name != "pooled" else (width[name],)
-            cond[name] = torch.empty(rows, *sizes, device="meta", dtype=dtype)
+    for rows, weights_too in ((shape[0], not rank), ((2 if guidance == 1 else 4) * shape[0], False)):
+        cond = {name: torch.empty(rows, *of, device="meta", dtype=dtype) for name, of in sizes.items()}
         x_t = torch.empty(rows, *shape[1:], device="meta")
         activations = [a + b for a, b in zip(activations, kept_by_autograd(net.requires_grad_(weights_too), x_t, cond))]
     return {
@@ -2817,13 +2815,13 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error("--evaluate measures a student: give --student FOLDER")
     if args.evaluate and args.sample:
         parser.error("--evaluate and --sample together: one at a time")
-    args.training = not (args.sample or args.evaluate)
     args.words = sys.argv[1:] if argv is None else argv
     return args
 
 
-def prepare(args: argparse.Namespace) -> Teacher:
-    """The teacher, on the device and in the dtype asked for, once it is known to fit. Raises BadInput."""
+def prepare(args: argparse.Namespace, training: bool = False) -> Teacher:
+    """The teacher, on the device and in the dtype asked for, once it is known to fit. Puts into args what was left open.
+    Raises BadInput."""
     there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     args.device = args.device or next(device for device, present in there.items() if present)
     if not there[args.device]:
@@ -2831,12 +2829,12 @@ def prepare(args: argparse.Namespace) -> Teacher:
     join(args.device)
     args.dtype = args.dtype or ("bf16" if args.device == "cuda" else "fp32")
     dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[args.dtype]
-    family, config, autoencoder = describe(args.teacher, args.random_weights)
+    known = describe(args.teacher, args.random_weights)
     if args.guidance is None:
-        args.guidance = 1.0 if config.get("guidance_embeds") else 4.5
-    args.recompute = weigh(args, family, config, autoencoder, dtype)
+        args.guidance = 1.0 if known.embeds_guidance else 4.5
+    args.recompute = weigh(args, known, dtype, training)
     # Networks that processes share go to their devices in parts.
-    shared = args.training and processes()[1] > 1
+    shared = training and processes()[1] > 1
     teacher = load_teacher(args.teacher, "cpu" if shared else args.device, dtype, args.random_weights)
     if shared:
         teacher.weights = next(teacher.vae.to(args.device).parameters())
@@ -2846,47 +2844,32 @@ def prepare(args: argparse.Namespace) -> Teacher:
     return teacher
 
 
-def weigh(args: argparse.Namespace, family: Family, config: dict, autoencoder: nn.Module, dtype: torch.dtype) -> bool:
+def weigh(args: argparse.Namespace, known: Teacher, dtype: torch.dtype, training: bool) -> bool:
     """Says what memory a run takes, by part, before anything is loaded. Raises BadInput where it is more than there is.
     Returns whether blocks must be recomputed for it to fit."""
-    with torch.device("meta"):
-        net = build(family.backbone, config)
-    count = sum(p.numel() for p in net.parameters())
-    have, world = device_memory(args.device), processes()[1]
-    if not args.training:
-        parts = {"weights": count * dtype.itemsize * (2 if args.student else 1)}
-    else:
-        size = config.get("sample_size") or autoencoder.config.get("sample_size", 1024) // autoencoder.downscale
-        size = args.resolution // autoencoder.downscale if args.resolution else size
-        size = min(max(1, size // net.patch_size), getattr(net, "max_size", size + 1)) * net.patch_size
-        options = {
-            "dtype": dtype,
-            "rank": args.lora or 0,
-            "guidance": args.guidance,
-            "tokens": args.tokens,
-            "world": world,
-        }
-        parts = memory_needed(family, config, (args.batch, autoencoder.latent_channels, size, size), **options)
-    recomputed = parts.pop("recomputed", None)
-    recompute = recomputed is not None and sum(parts.values()) > 0.85 * have  # the rest is for what no formula sees
-    if recompute:
-        parts["activations"] = recomputed
+    count, have = sum(p.numel() for p in known.dit.parameters()), device_memory(args.device)
+    recompute, parts = False, {"weights": count * dtype.itemsize * (2 if args.student else 1)}
+    if training:
+        shape = (args.batch, *known.latent_shape(args.resolution or known.resolution))
+        parts = memory_needed(known, shape, dtype, args.lora or 0, args.guidance, args.tokens, processes()[1])
+        recomputed = parts.pop("recomputed")
+        recompute = sum(parts.values()) > 0.85 * have  # the rest is for what no formula sees
+        if recompute:
+            parts["activations"] = recomputed
     needed = sum(parts.values())
     where = f"{args.device} has" if args.device == "cuda" else "this machine has"
-    line = f"{args.teacher}, {count / 1e9:.2f} billion weights, takes {needed / 1e9:.1f} GB of memory in {args.dtype}"
-    line += f" ({', '.join(f'{name} {size / 1e9:.1f}' for name, size in parts.items())}"
-    line += ", blocks recomputed)" if recompute else ")"
-    line += f" besides text encoders and autoencoder; {where} {have / 1e9:.1f} GB"
+    said = ", ".join(f"{name} {size / 1e9:.1f}" for name, size in parts.items()) + ", blocks recomputed" * recompute
+    line = f"{args.teacher}, {count / 1e9:.2f} billion weights, takes {needed / 1e9:.1f} GB of memory in {args.dtype} "
+    line += f"({said}) besides text encoders and autoencoder; {where} {have / 1e9:.1f} GB"
     if needed > have:
-        advice = ["more processes", "a smaller teacher"]
-        if args.training:
-            if not args.lora:
-                advice.insert(0, "--lora 16")
-            if args.batch > 1:
-                advice.insert(0, f"--batch 1 --accumulate {args.batch * args.accumulate}")
-        if args.dtype == "fp32":
-            advice.insert(0, "--dtype bf16")
-        raise BadInput(f"{line}: try {', '.join(advice)}")
+        advice = {
+            "--dtype bf16": args.dtype == "fp32",
+            f"--batch 1 --accumulate {args.batch * args.accumulate}": training and args.batch > 1,
+            "--lora 16": training and not args.lora,
+            "more processes": training,
+            "a smaller teacher": True,
+        }
+        raise BadInput(f"{line}: try {', '.join(text for text, helps in advice.items() if helps)}")
     if needed > 2e9 and processes()[0] == 0:
         print(line, file=sys.stderr)
         if args.device == "cpu" and count > 1e9:
@@ -2966,7 +2949,7 @@ def encode_once(
 
 
 # What a resumed run may be told otherwise.
-PASSING = ("out", "resume", "iters", "save_every", "device", "recompute", "sample", "words", "training")
+PASSING = ("out", "resume", "iters", "save_every", "device", "recompute", "sample", "words")
 PASSING += ("evaluate", "evaluate_every", "reference", "num", "clip")
 MOST_SKIPPED = 10  # updates in a row
 
@@ -2990,7 +2973,7 @@ def train(args: argparse.Namespace) -> None:
         prompts = compose(min(args.iters * args.batch * args.accumulate, 2048), args.seed)
     judged, likes, clip = prepare_evaluation(args, prompts, 64) if args.evaluate_every else ([], [], None)
     make_folder(out)
-    teacher = prepare(args)
+    teacher = prepare(args, training=True)
     rank, world = processes()
     per_iteration = world * args.accumulate * args.batch
     total = args.iters * per_iteration
