@@ -1727,6 +1727,15 @@ def wanted(files: Iterable[str], kind: re.Pattern = PIPELINE) -> list[str]:
     return [f for f in kept if not (is_variant.match(f) and f.rpartition("/")[0] in plain)]
 
 
+def make_room(what: str, folder: Path, needed: int, advice: str) -> None:
+    """Makes the folder. Raises BadInput unless `needed` bytes more fit into it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        size = f"{needed / 1e9:.1f} GB more and {folder} has {free / 1e9:.1f} GB free"
+        raise BadInput(f"{what} needs {size}: make room, {advice}")
+
+
 def fetch(repository: str, kind: re.Pattern = PIPELINE) -> Path:
     """The folder of a Hub repository in huggingface_hub's cache, downloaded as far as it is not there. Raises BadInput.
 
@@ -1745,13 +1754,7 @@ def fetch(repository: str, kind: re.Pattern = PIPELINE) -> Path:
         names = wanted((file.rfilename for file in files), kind)
         new = sum(file.size or 0 for file in files if file.rfilename in names and not cached(file.rfilename))
         cache = Path(hub.constants.HF_HUB_CACHE)
-        cache.mkdir(parents=True, exist_ok=True)
-        free = shutil.disk_usage(cache).free
-        if new > free:
-            raise BadInput(
-                f"{repository} needs {new / 1e9:.1f} GB more and {cache} has {free / 1e9:.1f} GB free: "
-                "make room, or set HF_HOME to a folder on a larger disk"
-            )
+        make_room(repository, cache, new, "or set HF_HOME to a folder on a larger disk")
         return Path(hub.snapshot_download(repository, allow_patterns=names))
     except GatedRepoError:
         raise BadInput(
@@ -2081,6 +2084,12 @@ def write(file: Path, content: Callable[[Path], object]) -> None:
         raise
 
 
+def write_json(file: Path, content: dict) -> None:
+    """As write; what JSON has no form for (paths) as text."""
+    text = json.dumps(content, indent=2, default=str) + "\n"
+    write(file, lambda part: part.write_text(text, encoding="utf-8"))
+
+
 def save_student(net: nn.Module, teacher: Teacher | None, folder: str | Path) -> None:
     """Writes a student in the diffusers layout, config.json and safetensors, each file whole or not at all; adapters are
     merged, and kept beside it as the file that diffusers' load_lora_weights reads. Where processes share the network all
@@ -2100,9 +2109,7 @@ def save_student(net: nn.Module, teacher: Teacher | None, folder: str | Path) ->
     for name, tensors in (("pytorch_lora_weights", adapters), ("diffusion_pytorch_model", weights)):
         if tensors:
             write(folder / f"{name}.safetensors", partial(save_file, tensors, metadata={"format": "pt"}))
-    write(
-        folder / "config.json", lambda file: file.write_text(json.dumps(net.config, indent=2) + "\n", encoding="utf-8")
-    )
+    write_json(folder / "config.json", net.config)
 
 
 def recompute_blocks(net: nn.Module) -> None:
@@ -2230,6 +2237,13 @@ def join(device: str) -> None:
         torch.distributed.init_process_group("nccl" if device == "cuda" else "gloo")
 
 
+def shared_generator(device: str, seed: int) -> SharedGenerator:
+    """This process's share of one generator."""
+    rng = SharedGenerator(device)
+    rng.rank, rng.world = processes()
+    return rng.manual_seed(seed)
+
+
 def local(x: Tensor) -> Tensor:
     """What this process holds of a tensor."""
     return x.to_local() if hasattr(x, "to_local") else x
@@ -2299,7 +2313,7 @@ def save_state(folder: Path, iteration: int, settings: dict, *state: object) -> 
         torch.distributed.barrier()
     if rank == 0:
         notes = {"iteration": iteration, "processes": world, "settings": settings}
-        write(folder / "state.json", lambda file: file.write_text(json.dumps(notes, indent=2) + "\n", encoding="utf-8"))
+        write_json(folder / "state.json", notes)
         for old in folder.iterdir():
             if old.is_dir() and old != new:
                 shutil.rmtree(old, ignore_errors=True)
@@ -2460,6 +2474,9 @@ def scores(x: Tensor, texts: Tensor, reference: Tensor, paired: bool) -> dict[st
     return {"clip": mean(cosine), "cmmd": (1000 * value, 1000 * error), "diversity": mean(apart)}
 
 
+MEASURES = {"clip": "CLIP score", "cmmd": "CMMD to the reference", "diversity": "diversity"}  # keys of scores
+
+
 class Panel:
     """A fixed set of prompts and noises that samplers are measured on. Noise is a function of seed and prompt alone:
     the same for every sampler, and however many processes share the prompts.
@@ -2474,7 +2491,7 @@ class Panel:
 
     @torch.no_grad()
     def draw(self, sampler: Callable, seed: int, title: str) -> tuple[Tensor, list, float]:
-        """Of what sampler(z, cond, rng) makes, latents: embeddings [P, S, d], a picture of each prompt of this process,
+        """Of what sampler(z, cond, rng=rng) makes, latents: embeddings [P, S, d], a picture of each prompt of this process,
         seconds a picture (the median over prompts). Where processes share networks all must call this."""
         from tqdm import tqdm
 
@@ -2487,7 +2504,7 @@ class Panel:
                 z = noise_like(self.like, rng)
                 cond = {key: x.expand(SEEDS, *x.shape[1:]) for key, x in self.cond_of(i % count).items()}
                 start = time.perf_counter()
-                pixels = to_pixels(self.teacher.decode(sampler(z, cond, rng)))
+                pixels = to_pixels(self.teacher.decode(sampler(z, cond, rng=rng)))
                 seconds.append((time.perf_counter() - start) / SEEDS)
                 shown.append(pixels[0])
                 found.append(self.clip.embed(pixels))
@@ -2539,6 +2556,16 @@ def read_prompts(file: Path) -> list[str]:
     if not prompts:
         raise BadInput(f"{file} holds no prompt: it needs one a line")
     return prompts
+
+
+def read_inputs(args: argparse.Namespace) -> tuple[list[str], list[tuple[Path, int]]]:
+    """The prompts of --prompts, or of --data its captions and the images that they belong to, each with the time of its
+    last change; else nothing. Raises BadInput."""
+    if args.data and args.prompts:
+        raise BadInput("--prompts and --data together: with --data the prompts are its captions")
+    captions = read_captions(args.data) if args.data else {}
+    prompts = read_prompts(args.prompts) if args.prompts else list(captions.values())
+    return prompts, [(image, image.stat().st_mtime_ns) for image in captions]
 
 
 def read_captions(folder: Path) -> dict[Path, str]:
@@ -2598,48 +2625,67 @@ def read_image(path: Path, resolution: int) -> Tensor:
 
 
 class Cache:
-    """What encoders make of each item, computed once and kept on disk: cache[indices] is a batch.
+    """What encoders make of each item, computed once and kept on disk: cache[items] is a batch on the device.
 
     One memory-mapped safetensors file an item, named by a digest of the item and of `key`, which is all else that its
     tensors depend on; written beside and renamed, so that a killed run goes on where it was. Raises BadInput if the disk
     can't hold them, before anything is written.
     """
 
-    def __init__(self, folder: Path, what: str, items: list, encode: Callable[[list], dict], key: list):
+    def __init__(self, folder: Path, items: Iterable, encode: Callable[[list], dict], key: list, device: str = "cpu"):
         from safetensors.torch import save_file
         from tqdm import tqdm
 
-        names = (hashlib.sha256(json.dumps([key, str(item)]).encode()).hexdigest()[:24] for item in items)
-        self.files = [folder / what / f"{name}.safetensors" for name in names]
-        missing = [*{file: item for file, item in zip(self.files, items) if not file.exists()}.items()]
-        with tqdm(total=len(missing), unit=what.rstrip("s"), desc=f"encoding {what}", disable=not missing) as bar:
+        names = {item: hashlib.sha256(json.dumps([key, str(item)]).encode()).hexdigest()[:24] for item in items}
+        self.files, self.device = {item: folder / f"{name}.safetensors" for item, name in names.items()}, device
+        missing = [item for item, file in self.files.items() if not file.exists()]
+        title = {"desc": f"encoding {folder.name}", "unit": folder.name.rstrip("s")}
+        with tqdm(total=len(missing), disable=not missing, **title) as bar:
             for i in range(0, len(missing), BATCH):
-                files, some = zip(*missing[i : i + BATCH])
-                rows = {name: x.cpu() for name, x in encode([*some]).items()}
+                some = missing[i : i + BATCH]
+                rows = {name: x.cpu() for name, x in encode(some).items()}
                 if i == 0:
-                    make_room(folder / what, sum(x[0].nbytes for x in rows.values()) * len(missing))
-                for j, file in enumerate(files):
+                    needed = sum(x[0].nbytes for x in rows.values()) * len(missing)
+                    make_room("the cache", folder, needed, "give fewer prompts or images, or choose another --out")
+                for j, item in enumerate(some):
                     row = {name: x[j : j + 1].clone(memory_format=torch.contiguous_format) for name, x in rows.items()}
-                    write(file, partial(save_file, row))
-                bar.update(len(files))
+                    write(self.files[item], partial(save_file, row))
+                bar.update(len(some))
 
-    def __getitem__(self, indices: list[int]) -> dict[str, Tensor]:
+    def __getitem__(self, items: list) -> dict[str, Tensor]:
         from safetensors.torch import load_file
 
-        rows = [load_file(self.files[i]) for i in indices]
-        return {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
+        rows = [load_file(self.files[item]) for item in items]
+        return {name: torch.cat([row[name] for row in rows]).to(self.device) for name in rows[0]}
 
 
-def make_room(folder: Path, needed: int) -> None:
-    """Raises BadInput unless `needed` bytes fit into the folder, which it makes."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    free = shutil.disk_usage(folder.parent).free
-    if needed > free:
-        raise BadInput(
-            f"{folder} needs {needed / 1e9:.1f} GB and {free / 1e9:.1f} GB are free: "
-            "make room, give fewer prompts or images, or choose another --out"
-        )
-    folder.mkdir(exist_ok=True)
+def encode_once(
+    args: argparse.Namespace, teacher: Teacher, folder: Path, prompts: list[str], images: Sequence = ()
+) -> tuple[Cache, Cache]:
+    """Conditions of the prompts and of the empty one, and latents of the images, on disk. No text encoder stays in
+    memory; where there are more processes, the first encodes and the others find it done."""
+    rank, world = processes()
+    key = [*teacher.identity(), args.dtype]
+
+    def encode_texts(some: list[str]) -> dict[str, Tensor]:
+        return teacher.encode_prompts(some, args.tokens)
+
+    def encode_images(some: list[tuple[Path, int]]) -> dict[str, Tensor]:
+        return {"x_0": teacher.encode(torch.stack([read_image(file, args.resolution) for file, _ in some]))}
+
+    if rank > 0:
+        torch.distributed.barrier()
+    pictures = Cache(folder / "images", images, encode_images, [*key, args.resolution], args.device)
+    with warnings.catch_warnings(record=True) as caught:
+        key += [args.tokens, teacher.instruction]
+        texts = Cache(folder / "prompts", ["", *prompts], encode_texts, key, args.device)
+    teacher.forget_text()
+    if rank == 0 and world > 1:
+        torch.distributed.barrier()
+    if caught and rank == 0:  # not one warning for every few prompts
+        more = f" (and {len(caught) - 1} more such warnings)" if caught[1:] else ""
+        warnings.warn(f"{caught[0].message}{more}", stacklevel=2)
+    return texts, pictures
 
 
 def pyplot():
@@ -2919,35 +2965,6 @@ def sample(args: argparse.Namespace) -> None:
         print(out)
 
 
-def encode_once(
-    args: argparse.Namespace, teacher: Teacher, folder: Path, prompts: list[str], images: list[Path]
-) -> tuple[Cache, Cache | None]:
-    """Conditions and latents on disk, row 0 of the conditions being the empty prompt's; no text encoder in memory."""
-    key = [*teacher.identity(), args.dtype]
-    pictures = None
-    if images:
-
-        def encode(files: list[tuple[Path, int]]) -> dict[str, Tensor]:
-            return {"x_0": teacher.encode(torch.stack([read_image(file, args.resolution) for file, _ in files]))}
-
-        pictures = Cache(
-            folder, "images", [(file, file.stat().st_mtime_ns) for file in images], encode, [*key, args.resolution]
-        )
-    with warnings.catch_warnings(record=True) as caught:
-        texts = Cache(
-            folder,
-            "prompts",
-            ["", *prompts],
-            lambda some: teacher.encode_prompts(some, args.tokens),
-            [*key, args.tokens, teacher.instruction],
-        )
-    teacher.forget_text()
-    if caught and processes()[0] == 0:  # not one warning for every few prompts
-        more = f" (and {len(caught) - 1} more such warnings)" if caught[1:] else ""
-        warnings.warn(f"{caught[0].message}{more}", stacklevel=2)
-    return texts, pictures
-
-
 # What a resumed run may be told otherwise.
 PASSING = ("out", "resume", "iters", "save_every", "device", "recompute", "sample", "words")
 PASSING += ("evaluate", "evaluate_every", "reference", "num", "clip")
@@ -2958,59 +2975,154 @@ def train(args: argparse.Namespace) -> None:
     """Distils the teacher into a student, and shows how it goes."""
     from tqdm import tqdm
 
-    given = copy.copy(args)
+    # What is given, as far as it can be looked at before anything is loaded
+    asked = copy.copy(args)
     out = args.out or Path("runs") / (Path(args.teacher).resolve().name + ("-data" if args.data else ""))
-    if args.data and args.prompts:
-        raise BadInput("--prompts and --data together: with --data the prompts are its captions")
     if args.resume and not (out / "state" / "state.json").is_file():
         raise BadInput(f"--resume: {out} holds no state of a run; leave --resume out to start one")
-    captions = read_captions(args.data) if args.data else {}
-    if args.data:
-        prompts = list(captions.values())
-    elif args.prompts:
-        prompts = read_prompts(args.prompts)
-    else:
-        prompts = compose(min(args.iters * args.batch * args.accumulate, 2048), args.seed)
-    judged, likes, clip = prepare_evaluation(args, prompts, 64) if args.evaluate_every else ([], [], None)
+    prompts, images = read_inputs(args)
+    measure = Measure(args, prompts, 64) if args.evaluate_every else None
+    prompts = prompts or compose(min(args.iters * args.batch * args.accumulate, 2048), args.seed)
     make_folder(out)
+
+    # The teacher, and what its encoders make of it
     teacher = prepare(args, training=True)
     rank, world = processes()
-    per_iteration = world * args.accumulate * args.batch
-    total = args.iters * per_iteration
     steps = args.steps = args.steps or 4
-    dtype = teacher.weights.dtype
     shape = (args.batch, *teacher.latent_shape(args.resolution))
     start = load_student(args.student, teacher) if args.student else teacher.dit
+    judged = measure.prompts if measure else []
+    texts, latents = encode_once(args, teacher, out / "cache", [*prompts, *judged], images)
+    uncond = texts[[""]]
 
-    if world > 1 and rank > 0:
-        torch.distributed.barrier()  # the first process encodes, the others find it done
-    texts, pictures = encode_once(args, teacher, out / "cache", [*prompts, *judged], list(captions))
-    if world > 1 and rank == 0:
-        torch.distributed.barrier()
+    # Three networks, two optimisers
+    student, fake = three_networks(args, teacher, start)
+    args.lr = args.lr or (5e-6 if teacher.family.kind == "sana" else 1e-6) * (10 if args.lora else 1)
+    adam = {"lr": args.lr, "betas": (0.0, 0.999), "eps": 1e-8, "fused": args.device != "mps"}
+    optimizers = tuple(torch.optim.Adam(trained(net), **adam) for net in (student, fake))
 
-    # Three networks: copies of the teacher, or adapters on its very weights. What is trained is float32, because bf16
-    # rounds away updates of 1e-5 and less.
+    # The state of the run: these, and two sources of random numbers
+    order, rng = shared_generator("cpu", args.seed), shared_generator(args.device, args.seed)
+    state = {"student": student, "fake": fake}, optimizers, {"order": order, "noise": rng}
+    settings = {key: value for key, value in vars(args).items() if key not in PASSING}
+    settings = json.loads(json.dumps(settings, default=str))
+    first, log = 0, []
+    if args.resume:
+        first = load_state(out / "state", settings, *state)
+        log = read_log(out / "log.jsonl", first)
+
+    # What is shown of it: four prompts from the same noise, by the teacher's sampler and by the student
+    shown, note = prompts[:4], " (random weights)" if args.random_weights else ""
+    picture_rng = torch.Generator().manual_seed(args.seed)
+    z, cond = noise_like(torch.empty(len(shown), *shape[1:], device=args.device), picture_rng), texts[shown]
+    if measure:
+        measure.open(teacher, texts)
+    with visiting(args.device, teacher.vae):
+        theirs = teacher.decode(teacher.sample(z, cond, uncond, guidance=args.guidance, rng=picture_rng))
+    pictures = {f"teacher, {teacher.steps} steps": to_pixels(theirs)}
+    if rank == 0:
+        write_json(out / "args.json", vars(args))
+        write(out / "log.jsonl", lambda file: file.write_text("".join(json.dumps(row) + "\n" for row in log)))
+
+    def save(done: int) -> None:
+        picture_rng = torch.Generator().manual_seed(args.seed + 1)
+        with visiting(args.device, teacher.vae), torch.no_grad():
+            ours = teacher.decode(generate(student, z, cond, steps, args.noise, rng=picture_rng))
+        seen = f"{done * per_iteration:,} images"
+        if not ours.isfinite().all():
+            fail(f"diverged after {seen}: try a smaller --lr; {out} has what was saved before", status=1)
+        if rank == 0:
+            pictures[f"student, {steps} step{'s' * (steps > 1)}"] = to_pixels(ours)
+            title = f"{Path(args.teacher).name}{note}, the student after {seen}"
+            draw_samples(out / f"samples-{done:06d}.png", pictures, shown, title)
+            draw_losses(out / "loss.png", log)
+        save_student(student, teacher, out / "student")
+        save_state(out / "state", done, settings, *state)
+
+    def batches() -> Iterator[tuple[dict, Tensor | None]]:
+        while True:
+            u = draw(torch.rand, (args.batch,), order, dtype=torch.float64)
+            picks = (u * len(prompts)).long().tolist()
+            real = latents[[images[i] for i in picks]]["x_0"] if images else None
+            yield texts[[prompts[i] for i in picks]], real
+
+    per_iteration = world * args.accumulate * args.batch
+    total = args.iters * per_iteration
+    options = {"steps": steps, "guidance": args.guidance, "uncond": uncond, "start": first, "rng": rng}
+    options |= {key: getattr(args, key) for key in ("loss", "alpha", "weight", "noise", "iters", "accumulate")}
+    # The authors' waiting times of the adversarial term, for runs as long as theirs; shorter ones wait a tenth, a fifth.
+    options["warmup"] = (min(20_000, total // 10), min(40_000, total // 5))
+    waiting: list[dict] = []  # measurements that are still on the device
+    progress = {
+        "total": total,
+        "initial": first * per_iteration,
+        "unit": " images",
+        "unit_scale": True,
+        "desc": out.name,
+    }
+    with signals() as stop, tqdm(**progress, disable=rank > 0) as bar:
+        for measured in distill(teacher.dit, student, fake, optimizers, batches(), shape, **options):
+            done = measured["iteration"] + 1
+            last = done == args.iters
+            if measure and (last or done % args.evaluate_every == 0):
+                measured["scores"], *_ = measure(few_step(student, steps, args.noise), "evaluation")
+                if measured["scores"]["cmmd"][0] < min(cmmds([*log, *waiting]), default=math.inf):
+                    save_student(student, teacher, out / "student-best")
+            waiting.append(measured)
+            bar.update(per_iteration)
+            saves = last or done % args.save_every == 0
+            # Reading the measurements waits for the device, so that is done seldom.
+            if not (len(waiting) == 10 or saves or (stop and world == 1)):
+                continue
+            log += read_measurements(waiting, out / "log.jsonl")
+            waiting.clear()
+            bar.set_postfix_str(say_progress(log), refresh=False)
+            if len(log) >= MOST_SKIPPED and all(row["skipped"] for row in log[-MOST_SKIPPED:]):
+                bar.close()
+                said = (
+                    f"the last {MOST_SKIPPED} updates, up to iteration {done}, had no finite gradient and were skipped"
+                )
+                fail(f"diverged: {said}; try a smaller --lr; {out} has what was saved before", status=1)
+            halt = torch.tensor(stop[-1] if stop else 0, device=args.device)
+            if world > 1:
+                torch.distributed.all_reduce(halt, torch.distributed.ReduceOp.MAX)
+            if saves:
+                save(done)
+            elif halt:
+                save_state(out / "state", done, settings, *state)
+            if halt and not last:
+                bar.close()
+                launch = ["torchrun", f"--nproc_per_node={world}"] if world > 1 else ["python"]
+                again = shlex.join([*launch, "sid_fm.py", *asked.words, *["--resume"] * (not args.resume)])
+                fail(f"stopped after iteration {done}, which is saved. To go on:\n{again}", status=128 + int(halt))
+    if rank > 0:
+        return
+    if measure:
+        said = f"CMMD {min(cmmds(log)):.3g} on {len(judged)} prompts; evaluation took {measure.share():.0%} of the time"
+        print(f"{out / 'student-best'}: {said}")
+    command = ["python", "sid_fm.py", "--teacher", args.teacher, "--student", str(out / "student")]
+    for name in ("steps", "resolution", "device", "dtype", "tokens", "noise", "instruction"):
+        if getattr(asked, name) not in (None, "fresh"):
+            command += [f"--{name}", str(getattr(asked, name))]
+    command += [*["--random-weights"] * args.random_weights, "--sample", shown[0]]
+    print(f"{out}: samples-*.png, loss.png and the student. To sample from it:\n{shlex.join(command)}")
+
+
+def three_networks(args: argparse.Namespace, teacher: Teacher, start: nn.Module) -> tuple[nn.Module, nn.Module]:
+    """The student, from `start`, and the fake network, from the teacher's: copies, or adapters on the very weights; shared
+    among processes, as the teacher's then is too. What is trained is float32, because bf16 rounds away updates of 1e-5 and
+    less."""
+    dtype = teacher.weights.dtype
+    student, fake = start, teacher.dit
     if args.lora:
         torch.manual_seed(args.seed)
-        student, fake = adapt(start, args.lora), adapt(teacher.dit, args.lora)
-    elif world > 1:
-        student, fake = start, teacher.dit  # which are copied as they are dealt out
+        student, fake = adapt(student, args.lora), adapt(fake, args.lora)
+    if processes()[1] > 1:
+        compute = None if dtype == torch.float32 else dtype
+        teacher.dit = shard(teacher.dit, args.device, compute=compute)
+        student, fake = (shard(net, args.device, torch.float32, compute) for net in (student, fake))
     else:
-        student, fake = copy.deepcopy(start), copy.deepcopy(teacher.dit)
-    if world > 1:
-        whole = {"teacher": teacher.dit, "student": student, "fake": fake}
-        nets = [
-            shard(
-                net,
-                args.device,
-                None if role == "teacher" else torch.float32,
-                dtype if dtype != torch.float32 else None,
-            )
-            for role, net in whole.items()
-        ]
-        teacher.dit, student, fake = nets
-        del whole
-    else:
+        student, fake = (copy.deepcopy(net) if net is teacher.dit else net for net in (student, fake))
         for net in (student, fake):
             for w in trained(net):
                 w.data = w.data.float()
@@ -3020,141 +3132,7 @@ def train(args: argparse.Namespace) -> None:
             recompute_blocks(net)
         if args.compile:
             compile_blocks(net)
-    as_student(student)
-
-    def on_device(rows: dict[str, Tensor]) -> dict[str, Tensor]:
-        return {name: x.to(args.device) for name, x in rows.items()}
-
-    def shared_generator(device: str) -> SharedGenerator:
-        rng = SharedGenerator(device)
-        rng.rank, rng.world = rank, world
-        return rng.manual_seed(args.seed)
-
-    order, rng = shared_generator("cpu"), shared_generator(args.device)
-
-    def batches() -> Iterator[tuple[dict, Tensor | None]]:
-        while True:
-            u = draw(torch.rand, (args.batch,), order, dtype=torch.float64)
-            picks = (u * len(prompts)).long().tolist()
-            real = on_device(pictures[picks])["x_0"] if args.data else None
-            yield on_device(texts[[1 + i for i in picks]]), real
-
-    args.lr = args.lr or (5e-6 if teacher.family.kind == "sana" else 1e-6) * (10 if args.lora else 1)
-    settings = {"lr": args.lr, "betas": (0.0, 0.999), "eps": 1e-8, "fused": args.device != "mps"}
-    optimizers = tuple(torch.optim.Adam(trained(net), **settings) for net in (student, fake))
-    record = {key: value for key, value in vars(args).items() if key not in PASSING}
-    record = json.loads(json.dumps(record, default=str))
-    state = {"student": student, "fake": fake}, optimizers, {"order": order, "noise": rng}
-    first, log = 0, []
-    if args.resume:
-        first = load_state(out / "state", record, *state)
-        log = read_log(out / "log.jsonl", first)
-    uncond = on_device(texts[[0]])
-    shown = prompts[:4]
-    cond = on_device(texts[list(range(1, 1 + len(shown)))])
-    picture_rng = torch.Generator().manual_seed(args.seed)
-    z = noise_like(torch.empty(len(shown), *shape[1:], device=args.device), picture_rng)
-
-    def decode(x: Tensor) -> Tensor:
-        with visiting(args.device, teacher.vae):
-            return teacher.decode(x)
-
-    evaluation_seconds, begun, measure = 0.0, time.perf_counter(), None
-    if judged:
-        with visiting(args.device, teacher.vae, clip.net):
-            place = 1 + len(prompts)
-            panel = Panel(teacher, clip, judged, lambda i: on_device(texts[[place + i]]), shape[1:], args.device)
-            measure = measure_against(args, panel, likes, uncond)
-        evaluation_seconds = time.perf_counter() - begun
-    best = min((row["scores"]["cmmd"][0] for row in log if "scores" in row), default=math.inf)
-
-    theirs = to_pixels(decode(teacher.sample(z, cond, uncond, guidance=args.guidance, rng=picture_rng)))
-    note = " (random weights)" if args.random_weights else ""
-    if rank == 0:
-        write(out / "args.json", lambda file: file.write_text(json.dumps(vars(args), indent=2, default=str) + "\n"))
-        write(out / "log.jsonl", lambda file: file.write_text("".join(json.dumps(row) + "\n" for row in log)))
-
-    def checkpoint(done: int) -> None:
-        images, picture_rng = done * per_iteration, torch.Generator().manual_seed(args.seed + 1)
-        with torch.no_grad():
-            ours = decode(generate(student, z, cond, steps, args.noise, rng=picture_rng))
-        if not ours.isfinite().all():
-            fail(f"diverged after {images:,} images: try a smaller --lr; {out} has what was saved before", status=1)
-        if rank == 0:
-            rows = {f"teacher, {teacher.steps} steps": theirs}
-            rows[f"student, {steps} step{'s' * (steps > 1)}"] = to_pixels(ours)
-            file = out / f"samples-{done:06d}.png"
-            draw_samples(file, rows, shown, f"{Path(args.teacher).name}{note}, the student after {images:,} images")
-            draw_losses(out / "loss.png", log)
-        save_student(student, teacher, out / "student")
-        save_state(out / "state", done, record, *state)
-
-    waiting: list[dict] = []
-    settings = {"loss": args.loss, "alpha": args.alpha, "weight": args.weight, "noise": args.noise, "start": first}
-    settings |= {"guidance": args.guidance, "uncond": uncond, "steps": steps, "iters": args.iters}
-    # The authors' waiting times of the adversarial term, for runs as long as theirs; shorter ones wait a tenth, a fifth.
-    settings |= {
-        "warmup": (min(20_000, total // 10), min(40_000, total // 5)),
-        "accumulate": args.accumulate,
-        "rng": rng,
-    }
-    launch = ["torchrun", f"--nproc_per_node={world}"] if world > 1 else ["python"]
-    again = shlex.join([*launch, "sid_fm.py", *given.words, *["--resume"] * (not args.resume)])
-    bar = tqdm(
-        total=total, initial=first * per_iteration, unit=" images", unit_scale=True, desc=out.name, disable=rank > 0
-    )
-    with signals() as stop, bar:
-        for measured in distill(teacher.dit, student, fake, optimizers, batches(), shape, **settings):
-            waiting.append(measured)
-            done = measured["iteration"] + 1
-            if measure and (done % args.evaluate_every == 0 or done == args.iters):
-                start_of_it = time.perf_counter()
-                with visiting(args.device, teacher.vae, clip.net):
-                    measured["scores"], *_ = measure(few_step(student, steps, args.noise), "evaluation")
-                if measured["scores"]["cmmd"][0] < best:
-                    best = measured["scores"]["cmmd"][0]
-                    save_student(student, teacher, out / "student-best")
-                evaluation_seconds += time.perf_counter() - start_of_it
-            save = done % args.save_every == 0 or done == args.iters
-            # Reading the measurements waits for the device, so that is done seldom.
-            if len(waiting) == 10 or save or (stop and world == 1):
-                log += read_measurements(waiting, out / "log.jsonl")
-                waiting.clear()
-                recent = [row["fisher"] for row in log[-10:] if row["fisher"] is not None]
-                bar.set_postfix_str(say_progress(log, recent), refresh=False)
-                if skipped_in_a_row(log) >= MOST_SKIPPED:
-                    bar.close()
-                    fail(
-                        f"diverged: {MOST_SKIPPED} updates in a row, up to iteration {done}, had no finite gradient and "
-                        f"were skipped; try a smaller --lr; {out} has what was saved before",
-                        status=1,
-                    )
-                halt = torch.tensor(stop[-1] if stop else 0, device=args.device)
-                if world > 1:
-                    torch.distributed.all_reduce(halt, torch.distributed.ReduceOp.MAX)
-                if halt and not save:
-                    save_state(out / "state", done, record, *state)
-            else:
-                halt = 0
-            bar.update(per_iteration)
-            if save:
-                checkpoint(done)
-            if halt and done < args.iters:
-                bar.close()
-                fail(f"stopped after iteration {done}, which is saved. To go on:\n{again}", status=128 + int(halt))
-    if rank > 0:
-        return
-    if judged:
-        share = evaluation_seconds / (time.perf_counter() - begun)
-        print(
-            f"{out / 'student-best'}: CMMD {best:.3g} on {len(judged)} prompts; evaluation took {share:.0%} of the time"
-        )
-    command = ["python", "sid_fm.py", "--teacher", args.teacher, "--student", str(out / "student")]
-    for name in ("steps", "resolution", "device", "dtype", "tokens", "noise", "instruction"):
-        if getattr(given, name) not in (None, "fresh"):
-            command += [f"--{name}", str(getattr(given, name))]
-    command += [*["--random-weights"] * args.random_weights, "--sample", shown[0]]
-    print(f"{out}: samples-*.png, loss.png and the student. To sample from it:\n{shlex.join(command)}")
+    return as_student(student), fake
 
 
 def read_measurements(waiting: list[dict], file: Path) -> list[dict]:
@@ -3164,11 +3142,8 @@ def read_measurements(waiting: list[dict], file: Path) -> list[dict]:
     rank, world = processes()
     if world > 1:
         torch.distributed.all_reduce(values)
-        values = values / world
-    rows = [
-        row | {name: x if math.isfinite(x) else None for name, x in zip(names, line)}
-        for row, line in zip(waiting, values.tolist())
-    ]
+    numbers = [[x if math.isfinite(x) else None for x in line] for line in (values / world).tolist()]
+    rows = [row | dict(zip(names, line)) for row, line in zip(waiting, numbers)]
     if rank == 0:
         with open(file, "a", encoding="utf-8") as log:
             log.writelines(json.dumps(row) + "\n" for row in rows)
@@ -3186,117 +3161,111 @@ def read_log(file: Path, iterations: int) -> list[dict]:
     return [row for row in rows if row["iteration"] < iterations]
 
 
-def skipped_in_a_row(log: list[dict]) -> int:
-    """The longest run of skipped updates among those just read and the ones before."""
-    longest = here = 0
-    for row in log[-2 * MOST_SKIPPED :]:
-        here = here + 1 if row["skipped"] else 0
-        longest = max(longest, here)
-    return longest
+def cmmds(rows: list[dict]) -> list[float]:
+    """Those that were measured."""
+    return [row["scores"]["cmmd"][0] for row in rows if "scores" in row]
 
 
-def say_progress(log: list[dict], recent: list[float]) -> str:
-    skipped = sum(bool(row["skipped"]) for row in log)
+def say_progress(log: list[dict]) -> str:
+    recent = [row["fisher"] for row in log[-10:] if row["fisher"] is not None]
     fisher = f"Fisher estimate {sum(recent) / len(recent):.3g}" if recent else "no finite Fisher estimate"
-    cmmd = [f"CMMD {row['scores']['cmmd'][0]:.3g}" for row in log if "scores" in row][-1:]
-    return ", ".join([fisher, *cmmd, *[f"{skipped} skipped"] * bool(skipped)])
+    skipped = sum(bool(row["skipped"]) for row in log)
+    said = [fisher, *(f"CMMD {x:.3g}" for x in cmmds(log)[-1:]), *[f"{skipped} skipped"] * bool(skipped)]
+    return ", ".join(said)
 
 
-MEASURES = {"clip": "CLIP score", "cmmd": "CMMD to the reference", "diversity": "diversity"}
+class Measure:
+    """What --evaluate and --evaluate-every measure with, made before anything else is loaded: the prompts (the first of
+    those given, else composed ones), the pictures of the reference (none: the teacher's own samples) and CLIP. Raises
+    BadInput. Once it is open, measure(sampler, title) -> scores, a picture of each prompt, seconds a picture.
+    """
 
-
-def prepare_evaluation(args: argparse.Namespace, given: list[str] | None, pictures: int) -> tuple[list, list, CLIP]:
-    """The prompts that are measured (the first of those given, else composed), the pictures of the reference (none: the
-    teacher's samples) and CLIP, before anything else is loaded. Raises BadInput."""
-    count = -(-(args.num or pictures) // SEEDS)
-    prompts = [*dict.fromkeys(given)][:count] if args.prompts or args.data else compose(count, args.seed + 1)
-    if len(prompts) < 3:
-        raise BadInput(f"an evaluation needs 3 prompts or more, not {len(prompts)}")
-    likes = []
-    if args.reference != "teacher":
-        likes = pictures_in(Path(args.reference))
-        if len(likes) < 3:
+    def __init__(self, args: argparse.Namespace, given: list[str], pictures: int):
+        count = -(-(args.num or pictures) // SEEDS)
+        self.args, self.prompts = args, [*dict.fromkeys(given)][:count] or compose(count, args.seed + 1)
+        if len(self.prompts) < 3:
+            raise BadInput(f"an evaluation needs 3 prompts or more, not {len(self.prompts)}")
+        self.likes = [] if args.reference == "teacher" else pictures_in(Path(args.reference))
+        if args.reference != "teacher" and len(self.likes) < 3:
             raise BadInput(f"--reference {args.reference} is no folder of 3 images or more (png, jpg, webp)")
-    try:
-        return prompts, likes, CLIP(args.clip)
-    except BadInput as error:
-        raise BadInput(f"{error}, or give --clip the folder of a CLIP model") from None
+        try:
+            self.clip = CLIP(args.clip)
+        except BadInput as error:
+            raise BadInput(f"{error}, or give --clip the folder of a CLIP model") from None
+
+    def open(self, teacher: Teacher, texts: Cache) -> None:
+        """Draws or reads the reference."""
+        from tqdm import tqdm
+
+        args, self.begun, self.seconds = self.args, time.perf_counter(), 0.0
+        self.own_sampler = partial(teacher.sample, uncond=texts[[""]], guidance=args.guidance)
+        shape = teacher.latent_shape(args.resolution)
+        with self.visit(teacher):
+            self.panel = Panel(teacher, self.clip, self.prompts, lambda i: texts[[self.prompts[i]]], shape, args.device)
+            if self.likes:
+                with tqdm(self.likes, desc="reference", unit=" images", leave=False, disable=processes()[0] > 0) as bar:
+                    self.reference = torch.stack([self.clip.embed([read_pixels(file)]) for file in bar])
+            else:  # with other noise than those that are measured
+                self.reference, *_ = self.panel.draw(self.own_sampler, args.seed + 1, "reference")
+
+    @contextlib.contextmanager
+    def visit(self, teacher: Teacher) -> Iterator[None]:
+        start = time.perf_counter()
+        with visiting(self.args.device, teacher.vae, self.clip.net):
+            yield
+        self.seconds += time.perf_counter() - start
+
+    def __call__(self, sampler: Callable, title: str) -> tuple[dict, list, float]:
+        with self.visit(self.panel.teacher):
+            x, shown, seconds = self.panel.draw(sampler, self.args.seed, title)
+            return scores(x, self.panel.texts, self.reference, paired=not self.likes), shown, seconds
+
+    def share(self) -> float:
+        """Of the time since it was opened."""
+        return self.seconds / (time.perf_counter() - self.begun)
 
 
 def few_step(net: nn.Module, steps: int, noise: str) -> Callable:
     """A student as what Panel.draw takes."""
-    return lambda z, cond, rng: generate(net, z, cond, steps, noise, rng=rng)
-
-
-def own_sampler(args: argparse.Namespace, teacher: Teacher, uncond: dict) -> Callable:
-    """The teacher's own as what Panel.draw takes."""
-    return lambda z, cond, rng: teacher.sample(z, cond, uncond, guidance=args.guidance, rng=rng)
-
-
-def measure_against(args: argparse.Namespace, panel: Panel, likes: list[Path], uncond: dict) -> Callable:
-    """Draws or reads the reference. Returns measure(sampler, title) -> scores, pictures, seconds a picture."""
-    from tqdm import tqdm
-
-    if likes:
-        with tqdm(likes, desc="reference", unit=" images", leave=False, disable=processes()[0] > 0) as bar:
-            reference = torch.stack([panel.clip.embed([read_pixels(file)]) for file in bar])
-    else:  # with other noise than those that are measured
-        reference, *_ = panel.draw(own_sampler(args, panel.teacher, uncond), args.seed + 1, "reference")
-
-    def measure(sampler: Callable, title: str) -> tuple[dict, list, float]:
-        x, shown, seconds = panel.draw(sampler, args.seed, title)
-        return scores(x, panel.texts, reference, paired=not likes), shown, seconds
-
-    return measure
+    return partial(generate, net, steps=steps, noise=noise)
 
 
 def evaluate(args: argparse.Namespace) -> None:
     """--evaluate: measures the teacher's own sampler, and a student at 1, 2, 4 steps."""
     out = args.out or Path("runs") / f"{Path(args.teacher).resolve().name}-evaluation"
-    prompts, likes, clip = prepare_evaluation(args, read_prompts(args.prompts) if args.prompts else None, 500)
+    measure = Measure(args, read_inputs(args)[0], 500)
     make_folder(out)
     teacher = prepare(args)
-    rank, world = processes()
-    shape = teacher.latent_shape(args.resolution)
     student = load_student(args.student, teacher)
-    if rank > 0:
-        torch.distributed.barrier()  # the first process encodes, the others find it done
-    texts, _ = encode_once(args, teacher, out / "cache", prompts, [])
-    if world > 1 and rank == 0:
-        torch.distributed.barrier()
-
-    def cond_of(i: int) -> dict[str, Tensor]:
-        return {name: x.to(args.device) for name, x in texts[[i]].items()}
-
-    clip.net.to(args.device)
-    panel, uncond = Panel(teacher, clip, prompts, lambda i: cond_of(1 + i), shape, args.device), cond_of(0)
-    measure = measure_against(args, panel, likes, uncond)
-    samplers = {("teacher", teacher.steps): own_sampler(args, teacher, uncond)}
+    prompts, (rank, world) = measure.prompts, processes()
+    texts, _ = encode_once(args, teacher, out / "cache", prompts)
+    measure.open(teacher, texts)
+    samplers = {("teacher", teacher.steps): measure.own_sampler}
     samplers |= {("student", n): few_step(student, n, args.noise) for n in sorted({1, 2, 4, args.steps or 4})}
-    rows, drawn = [], {}
+    rows, drawn, cuda = [], {}, args.device == "cuda"
     for (name, n), sampler in samplers.items():
-        if args.device == "cuda":
+        if cuda:
             torch.cuda.reset_peak_memory_stats()
         found, shown, seconds = measure(sampler, f"{name}, {n} steps")
-        peak = torch.cuda.max_memory_allocated() if args.device == "cuda" else None
+        peak = torch.cuda.max_memory_allocated() if cuda else None
         rows.append({"model": name, "steps": n, **found, "seconds": seconds, "peak_bytes": peak})
         drawn[f"{name}, {n} step{'s' * (n > 1)}"] = shown[:4]
     if rank > 0:
         return
-    reference = f"pictures of {args.reference}" if likes else "teacher's own samples of the same prompts, other noise"
-    print(
-        f"{SEEDS * len(prompts)} pictures a row, {SEEDS} of a prompt; reference: the {reference}. +-: standard errors"
+    like = (
+        f"pictures of {args.reference}" if measure.likes else "teacher's own samples of the same prompts, other noise"
     )
+    count = f"{SEEDS * len(prompts)} pictures a row, {SEEDS} of a prompt"
+    print(f"{count}; reference: the {like}. +-: standard errors")
     print(f"{'':8}  steps {'CLIP score':>17} {'CMMD':>17} {'diversity':>17}  s / picture  peak GB")
     for row in rows:
         line = "".join(f" {row[key][0]:>8.4f} +-{row[key][1]:6.4f}" for key in MEASURES)
-        peak = "" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 1e9:.1f}"
+        peak = f"{row['peak_bytes'] / 1e9:.1f}" if cuda else ""
         print(f"{row['model']:8} {row['steps']:6} {line} {row['seconds']:12.3f} {peak:>8}")
-    notes = {"args": {key: x for key, x in vars(args).items() if key != "words"}, "prompts": len(prompts), "rows": rows}
-    text = json.dumps(notes | {"seeds": SEEDS, "torch": torch.__version__}, indent=2, default=str) + "\n"
-    write(out / "metrics.json", lambda file: file.write_text(text, encoding="utf-8"))
+    notes = {"args": vars(args), "prompts": len(prompts), "rows": rows, "seeds": SEEDS, "torch": torch.__version__}
+    write_json(out / "metrics.json", notes)
     title = f"{Path(args.teacher).name}{' (random weights)' * args.random_weights}: the same prompts and noise"
-    draw_samples(out / "samples.png", drawn, prompts[:4] if world == 1 else prompts[::world][:4], title)
+    draw_samples(out / "samples.png", drawn, prompts[::world][:4], title)
     print(f"{out}: metrics.json, samples.png")
 
 

@@ -325,9 +325,9 @@ def test_a_killed_encoding_goes_on_where_it_was(pipeline, run, untrained, monkey
 def test_the_cache_holds_what_the_encoders_say(pipeline, tmp_path, monkeypatch):
     monkeypatch.setattr(sid_fm, "BATCH", 3)
     teacher = sid_fm.load_teacher(pipeline("flux-dev"))
-    cache = sid_fm.Cache(tmp_path, "prompts", PROMPTS, lambda some: teacher.encode_prompts(some, 16), ["key"])
-    picks = [4, 0, 0, 3]
-    expected = teacher.encode_prompts([PROMPTS[i] for i in picks], 16)
+    cache = sid_fm.Cache(tmp_path, PROMPTS, lambda some: teacher.encode_prompts(some, 16), ["key"])
+    picks = [PROMPTS[i] for i in (4, 0, 0, 3)]
+    expected = teacher.encode_prompts(picks, 16)
     for name, rows in cache[picks].items():
         assert torch.allclose(rows, expected[name], atol=1e-6)
 
