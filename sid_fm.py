@@ -1709,9 +1709,7 @@ def random_part(kind: type[nn.Module], config: dict, device: str, dtype: torch.d
     return net.eval().requires_grad_(False)
 
 
-PARTS = re.compile(
-    r"(transformer|vae|scheduler|text_encoder(_\d)?|tokenizer(_\d)?)/[^/]+\.(json|txt|model|safetensors)$"
-)
+PARTS = re.compile(r"(transformer|vae|scheduler|(text_encoder|tokenizer)(_\d)?)/[^/]+\.(json|txt|model|safetensors)$")
 PIPELINE = re.compile(rf"model_index\.json$|{PARTS.pattern}")
 NETWORK = re.compile(r"(transformer/)?(config|diffusion_pytorch_model[^/]*)\.(json|safetensors)$")  # a student's
 CLIP_MODEL = re.compile(r"(model[^/]*\.safetensors(\.index\.json)?|[a-z_]+\.json|merges\.txt)$")
@@ -1757,18 +1755,16 @@ def fetch(repository: str, kind: re.Pattern = PIPELINE) -> Path:
         make_room(repository, cache, new, "or set HF_HOME to a folder on a larger disk")
         return Path(hub.snapshot_download(repository, allow_patterns=names))
     except GatedRepoError:
-        raise BadInput(
-            f"{repository} is gated: accept its licence on its page on the Hub, then log in (hf auth login) or set HF_TOKEN"
-        ) from None
+        advice = "accept its licence on its page on the Hub, then log in (hf auth login) or set HF_TOKEN"
+        raise BadInput(f"{repository} is gated: {advice}") from None
     except (RepositoryNotFoundError, HFValidationError):
         raise BadInput(f"{repository} is not on the Hub, or is private: check its name, or set HF_TOKEN") from None
     except (OSError, *HfHubHTTPError.__bases__) as error:  # no disk; no network, as requests or httpx tells it
         if isinstance(error, OSError) and error.errno == errno.ENOSPC:
             raise BadInput(f"{repository}: the disk is full; make room, or set HF_HOME to another disk") from None
         if getattr(getattr(error, "response", None), "status_code", None) in (401, 403):
-            raise BadInput(
-                f"{repository}: the Hub refuses the token; log in again (hf auth login) or set HF_TOKEN"
-            ) from None
+            advice = "log in again (hf auth login) or set HF_TOKEN"
+            raise BadInput(f"{repository}: the Hub refuses the token; {advice}") from None
         for name in ("model_index.json", "transformer/config.json", "config.json"):
             if cached(name) and all(map(cached, names or [])):
                 return Path(cached(name)).parents[name.count("/")]
@@ -1918,15 +1914,13 @@ class Teacher:
 
 def random_conditions(family: Family, prompts: list[str], like: Tensor) -> dict[str, Tensor]:
     """What stands for prompts where there is no text encoder: noise of the right shapes, the same for the same prompt."""
-    rows = []
+    shapes, rows = family.conditions, []
     for prompt in prompts:
         rng = torch.Generator().manual_seed(zlib.crc32(prompt.encode()))
-        rows.append(
-            {key: torch.randn(shape, generator=rng) for key, shape in family.conditions.items() if key != "mask"}
-        )
+        rows.append({key: torch.randn(shape, generator=rng) for key, shape in shapes.items() if key != "mask"})
     cond = {key: torch.stack([row[key] for row in rows]).to(like) for key in rows[0]}
-    if "mask" in family.conditions:
-        cond["mask"] = torch.ones(len(prompts), *family.conditions["mask"], dtype=torch.int64, device=like.device)
+    if "mask" in shapes:
+        cond["mask"] = torch.ones(len(prompts), *shapes["mask"], dtype=torch.int64, device=like.device)
     return cond
 
 
@@ -1957,10 +1951,8 @@ def describe(name_or_path: str | Path, random_weights: bool = False) -> Teacher:
     if random_weights:
         raise BadInput(f"random weights need one of the names {', '.join(NAMES)}, not {name}")
     folder, family, override = locate(name)
-    dit, vae = (
-        open_part(family.backbone, folder / "transformer", **override),
-        open_part(family.autoencoder, folder / "vae"),
-    )
+    dit = open_part(family.backbone, folder / "transformer", **override)
+    vae = open_part(family.autoencoder, folder / "vae")
     return Teacher(name, folder, family, dit[0], vae[0], {})
 
 
@@ -1979,11 +1971,9 @@ def load_teacher(
         return Teacher(name, None, known.family, *nets, known.scheduler)
     folder, family, override = locate(name)
     scheduler = read_json(folder / "scheduler" / "scheduler_config.json")
-    parts = (
-        open_part(family.backbone, folder / "transformer", **override),
-        open_part(family.autoencoder, folder / "vae"),
-    )
-    return Teacher(name, folder, family, *(fill_part(*part, device, dtype) for part in parts), scheduler)
+    dit = open_part(family.backbone, folder / "transformer", **override)
+    vae = open_part(family.autoencoder, folder / "vae")
+    return Teacher(name, folder, family, *(fill_part(*part, device, dtype) for part in (dit, vae)), scheduler)
 
 
 def as_student(net: nn.Module) -> nn.Module:
@@ -2158,9 +2148,8 @@ def kept_by_autograd(net: nn.Module, x_t: Tensor, cond: dict) -> tuple[int, int]
             kept[inside[0]][x.untyped_storage()._cdata] = x
         return x
 
-    hooks = [
-        hook for b in blocks_of(net) for hook in (b.register_forward_pre_hook(enter), b.register_forward_hook(leave))
-    ]
+    hooks = [block.register_forward_pre_hook(enter) for block in blocks_of(net)]
+    hooks += [block.register_forward_hook(leave) for block in blocks_of(net)]
     with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
         net(x_t.requires_grad_(), x_t.new_empty(len(x_t)), cond)
     for hook in hooks:
@@ -2259,12 +2248,10 @@ def shard(
 
     rank, world = processes()
     ours = {id(w) for w in trained(net)}
-    memo = {
-        id(w): nn.Parameter(
-            torch.empty_like(w, device="meta", dtype=dtype if id(w) in ours else None), requires_grad=False
-        )
-        for w in net.parameters()
-    }
+    memo = {}
+    for w in net.parameters():
+        empty = torch.empty_like(w, device="meta", dtype=dtype if id(w) in ours else None)
+        memo[id(w)] = nn.Parameter(empty, requires_grad=False)
     twin = copy.deepcopy(net, memo)
     # Inputs keep their dtypes: times and rotations are float32 whatever the weights are.
     mixed = MixedPrecisionPolicy(compute, torch.float32 if compute else None, cast_forward_inputs=False)
@@ -2281,6 +2268,33 @@ def shard(
             if rank < len(rows):
                 local(w).copy_(rows[rank])
     return twin
+
+
+def three_networks(
+    teacher: Teacher, start: nn.Module, rank: int | None, device: str, recompute: bool = False, compiled: bool = False
+) -> tuple[nn.Module, nn.Module]:
+    """The student, from `start`, and the fake network, from the teacher's: copies, or adapters of this rank on the very
+    weights; shared among processes, as the teacher's own then is too. What is trained is float32, because bf16 rounds away
+    updates of 1e-5 and less."""
+    dtype, student, fake = teacher.weights.dtype, start, teacher.dit
+    if rank:
+        student, fake = adapt(student, rank), adapt(fake, rank)
+    if processes()[1] > 1:
+        compute = None if dtype == torch.float32 else dtype
+        teacher.dit = shard(teacher.dit, device, compute=compute)
+        student, fake = (shard(net, device, torch.float32, compute) for net in (student, fake))
+    else:
+        student, fake = (copy.deepcopy(net) if net is teacher.dit else net for net in (student, fake))
+        for net in (student, fake):
+            for w in trained(net):
+                w.data = w.data.float()
+            compute_in(net, device, dtype)
+    for net in (teacher.dit, student, fake):
+        if recompute:
+            recompute_blocks(net)
+        if compiled:
+            compile_blocks(net)
+    return as_student(student), fake
 
 
 # State to resume from: state/ITERATION/RANK.safetensors, one a process, and state/state.json, which names the iteration.
@@ -2329,11 +2343,8 @@ def load_state(folder: Path, settings: dict, nets: dict, optimizers: Iterable, g
     notes = read_json(folder / "state.json")
     if notes["processes"] != world:
         raise BadInput(f"--resume: the run had {notes['processes']} processes and this one has {world}: start as many")
-    other = [
-        f"--{key.replace('_', '-')} was {notes['settings'].get(key)}"
-        for key in settings
-        if settings[key] != notes["settings"].get(key)
-    ]
+    former = notes["settings"]
+    other = [f"--{key.replace('_', '-')} was {former.get(key)}" for key in settings if settings[key] != former.get(key)]
     if other:
         raise BadInput(f"--resume: the run in {folder.parent} had other settings: {', '.join(other)}")
     file = folder / f"{notes['iteration']:07d}" / f"{rank}.safetensors"
@@ -2432,15 +2443,12 @@ def mmd(x: Tensor, y: Tensor, paired: bool = False, sigma: float = 10.0) -> tupl
     """
 
     def kernel(a: Tensor, b: Tensor) -> Tensor:  # means over both prompts' seeds
-        b = b.double()
-        rows = [
-            torch.cdist(row.double(), b, compute_mode="donot_use_mm_for_euclid_dist") for row in a
-        ]  # [Q, S, T] each
+        b, exact = b.double(), "donot_use_mm_for_euclid_dist"
+        rows = (torch.cdist(row.double(), b, compute_mode=exact) for row in a)  # [Q, S, T] each
         return torch.stack([(-row.square() / (2 * sigma**2)).exp().mean((1, 2)) for row in rows])
 
-    def off_diagonal(
-        k: Tensor,
-    ) -> tuple[Tensor, Tensor]:  # the mean of a symmetric matrix, and without each row and column
+    # The mean of a symmetric matrix, and that without each row and column; the diagonal doesn't count.
+    def off_diagonal(k: Tensor) -> tuple[Tensor, Tensor]:
         n, k = len(k), k - k.diag().diag()
         return k.sum() / (n * (n - 1)), (k.sum() - 2 * k.sum(1)) / ((n - 1) * (n - 2))
 
@@ -2550,22 +2558,18 @@ def compose(count: int, seed: int) -> list[str]:
     return [re.sub(r"\b([Aa]) (?=[aeiou])", r"\1n ", expand("prompt")) for _ in range(count)]
 
 
-def read_prompts(file: Path) -> list[str]:
-    """One prompt a line; blank lines don't count. Raises BadInput."""
-    prompts = [line.strip() for line in read_text(file).splitlines() if line.strip()]
-    if not prompts:
-        raise BadInput(f"{file} holds no prompt: it needs one a line")
-    return prompts
-
-
 def read_inputs(args: argparse.Namespace) -> tuple[list[str], list[tuple[Path, int]]]:
-    """The prompts of --prompts, or of --data its captions and the images that they belong to, each with the time of its
-    last change; else nothing. Raises BadInput."""
+    """The prompts of --prompts, one a line; or of --data its captions, and the images that they belong to, each with the
+    time of its last change; else nothing. Raises BadInput."""
     if args.data and args.prompts:
         raise BadInput("--prompts and --data together: with --data the prompts are its captions")
+    if args.prompts:
+        prompts = [line.strip() for line in read_text(args.prompts).splitlines() if line.strip()]
+        if not prompts:
+            raise BadInput(f"{args.prompts} holds no prompt: it needs one a line")
+        return prompts, []
     captions = read_captions(args.data) if args.data else {}
-    prompts = read_prompts(args.prompts) if args.prompts else list(captions.values())
-    return prompts, [(image, image.stat().st_mtime_ns) for image in captions]
+    return [*captions.values()], [(image, image.stat().st_mtime_ns) for image in captions]
 
 
 def read_captions(folder: Path) -> dict[Path, str]:
@@ -2574,26 +2578,22 @@ def read_captions(folder: Path) -> dict[Path, str]:
     if not folder.is_dir():
         raise BadInput(f"--data {folder} is not a folder")
     captions, index = {}, folder / "metadata.jsonl"
-    if index.exists():
-        for number, line in enumerate(read_text(index).split("\n"), 1):
-            if not line.strip():
-                continue
+    lines = read_text(index).split("\n") if index.exists() else []
+    for number, line in enumerate(lines, 1):
+        if line.strip():
             try:
                 entry = json.loads(line)
                 captions[folder / entry["file_name"]] = entry["text"].strip()
             except (ValueError, KeyError, TypeError, AttributeError):
                 raise BadInput(f'{index}, line {number}: needs {{"file_name": ..., "text": ...}}') from None
-    else:
-        for image in pictures_in(folder):
-            caption = image.with_suffix(".txt")
-            if not caption.exists():
-                raise BadInput(
-                    f"{image} has no caption: it needs {caption.name} beside it, or an entry in metadata.jsonl"
-                )
-            captions[image] = read_text(caption).strip()
     for image in captions:
         if not image.exists():
             raise BadInput(f"{image}, which {index} names, is missing")
+    for image in pictures_in(folder) if not index.exists() else ():
+        text = image.with_suffix(".txt")
+        if not text.exists():
+            raise BadInput(f"{image} has no caption: it needs {text.name} beside it, or an entry in metadata.jsonl")
+        captions[image] = read_text(text).strip()
     if not captions:
         raise BadInput(f"--data {folder} holds no images (png, jpg, webp)")
     return captions
@@ -2725,12 +2725,8 @@ def draw_losses(file: Path, log: list[dict]) -> None:
     import numpy as np
 
     plt = pyplot()
-    names = {
-        "fisher": "Fisher estimate",
-        "fake_loss": "fake network's loss",
-        "loss": "generator's loss (hovers around 0)",
-    }
-    names |= {"discriminator": "discriminator", "adversarial": "adversarial"} if "adversarial" in log[0] else {}
+    names = {"fisher": "Fisher estimate", "fake_loss": "fake network's loss", "loss": "generator's loss (about 0)"}
+    names |= {name: name for name in ("discriminator", "adversarial") if name in log[0]}
     images = np.array([row["images"] for row in log])
     measured = [row for row in log if "scores" in row]
     rows = 2 if measured else 1
@@ -2786,81 +2782,55 @@ def make_folder(folder: Path) -> None:
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description="Distils a flow-matching teacher into a generator of a few steps (SiD-DiT), and samples from both.",
-        epilog="Names: " + ", ".join(NAMES),
-    )
+    about = "Distils a flow-matching teacher into a generator of a few steps (SiD-DiT), and samples from both."
+    parser = argparse.ArgumentParser(description=about, epilog="Names: " + ", ".join(NAMES))
     parser.error = fail
+    count = number(int, 1)
     add = parser.add_argument
-    add(
-        "--teacher", required=True, metavar="NAME", help="a name (below), a folder in the diffusers layout, or a Hub id"
-    )
+    add("--teacher", required=True, metavar="NAME", help="a name (below), a folder in the diffusers layout or a Hub id")
     add("--student", metavar="FOLDER", help="a student's folder or Hub id: to sample from, or to start training from")
-    add("--steps", type=number(int, 1), help="K of the student (4); with --sample alone, the teacher's own number")
-    add("--resolution", type=number(int, 1), help="pixels a side (what the teacher was trained at)")
-    add(
-        "--guidance",
-        type=number(float),
-        help="classifier-free, of teacher and fake network (4.5; with an embedding of it 1: none)",
-    )
+    add("--steps", type=count, help="K of the student (4); with --sample alone, the teacher's own number")
+    add("--resolution", type=count, help="pixels a side (what the teacher was trained at)")
+    add("--guidance", type=number(float), help="classifier-free, of teacher and fake network (4.5; FLUX 1: none)")
     add("--seed", type=number(int, 0), default=0, help="of prompts, their order and all noise (%(default)s)")
     add("--out", type=Path, help="the run's folder (runs/NAME, runs/NAME-data); with --sample, a picture's name")
     add("--device", choices=("cuda", "mps", "cpu"), help="(the first of these that is there)")
-    add(
-        "--dtype",
-        choices=("bf16", "fp32"),
-        help="of activations, and of weights that are not trained (cuda bf16, else fp32)",
-    )
+    add("--dtype", choices=("bf16", "fp32"), help="of all but the trained weights (cuda bf16, else fp32)")
     add("--random-weights", action="store_true", help="the named teacher at its true size, without a download")
     add("--instruction", type=Path, metavar="FILE", help="SANA: the text that stands before every prompt")
-    add(
-        "--tokens",
-        type=number(int, 1),
-        help="of T5 or Gemma (the pipeline's: 256, 512, 300; the authors train SD3 with 77)",
-    )
+    add("--tokens", type=count, help="of T5 or Gemma (as the pipeline: 256, 512, 300; the authors train SD3 with 77)")
 
-    training = parser.add_argument_group("distillation")
-    add = training.add_argument
+    add = parser.add_argument_group("distillation").add_argument
     add("--prompts", type=Path, metavar="FILE", help="one prompt a line (composed from a small grammar)")
     add("--data", type=Path, metavar="FOLDER", help="images with captions: adds the adversarial term")
-    add("--iters", type=number(int, 1), default=2000, help="(%(default)s)")
-    add("--batch", type=number(int, 1), default=4, help="of each process at a time (%(default)s; the authors' is 256)")
-    add("--accumulate", type=number(int, 1), default=1, help="batches to an iteration (%(default)s)")
-    add("--lora", type=number(int, 1), metavar="RANK", help="train low-rank adapters on one frozen copy of the weights")
+    add("--iters", type=count, default=2000, help="(%(default)s)")
+    add("--batch", type=count, default=4, help="of each process at a time (%(default)s; the authors' is 256)")
+    add("--accumulate", type=count, default=1, help="batches to an iteration (%(default)s)")
+    add("--lora", type=count, metavar="RANK", help="train low-rank adapters on one frozen copy of the weights")
     add("--lr", type=number(float, 1e-12), help="(1e-6, SANA 5e-6; with --lora ten times that)")
     add("--loss", choices=LOSSES, default="sid", help="of the generator (%(default)s)")
     add("--alpha", type=number(float), default=1.0, help="of the SiD loss (%(default)s)")
     add("--weight", choices=WEIGHTS, default="1-t", help="w(t) of the generator's loss (%(default)s)")
     add("--noise", choices=NOISES, default="fresh", help="between the student's steps (%(default)s)")
-    add(
-        "--save-every",
-        type=number(int, 1),
-        default=250,
-        help="iterations between states, students, pictures (%(default)s)",
-    )
+    add("--save-every", type=count, default=250, metavar="N", help="iterations between saves (%(default)s)")
     add("--compile", action="store_true", help="with torch.compile: minutes at the start for faster iterations")
     add("--resume", action="store_true", help="go on where the run in --out was")
-    add(
-        "--evaluate-every",
-        type=number(int, 1),
-        metavar="N",
-        help="measure the student every N iterations, keep the best",
-    )
+    add("--evaluate-every", type=count, metavar="N", help="measure the student every N iterations, keep the best")
 
-    sampling = parser.add_argument_group("sampling")
-    sampling.add_argument("--sample", action="append", metavar="PROMPT", help="draw this; repeat for more")
+    add = parser.add_argument_group("sampling").add_argument
+    add("--sample", action="append", metavar="PROMPT", help="draw this; repeat for more")
 
-    evaluation = parser.add_argument_group("evaluation")
-    add = evaluation.add_argument
+    add = parser.add_argument_group("evaluation").add_argument
     add("--evaluate", action="store_true", help="a table: the teacher's own sampler, --student at 1, 2 and 4 steps")
     add("--reference", default="teacher", metavar="FOLDER", help="of pictures to be like (the teacher's own samples)")
     add("--num", type=number(int, 3 * SEEDS), help=f"pictures, {SEEDS} of a prompt (500; with --evaluate-every 64)")
     add("--clip", default="openai/clip-vit-large-patch14", metavar="NAME", help="a folder or Hub id (%(default)s)")
+
     args = parser.parse_args(argv)
     if args.evaluate and not args.student:
-        parser.error("--evaluate measures a student: give --student FOLDER")
+        fail("--evaluate measures a student: give --student FOLDER")
     if args.evaluate and args.sample:
-        parser.error("--evaluate and --sample together: one at a time")
+        fail("--evaluate and --sample together: one at a time")
     args.words = sys.argv[1:] if argv is None else argv
     return args
 
@@ -2923,6 +2893,7 @@ def weigh(args: argparse.Namespace, known: Teacher, dtype: torch.dtype, training
     return recompute
 
 
+@torch.no_grad()
 def sample(args: argparse.Namespace) -> None:
     """--sample: draws prompts with the teacher, or with a student."""
     from PIL import Image, ImageDraw
@@ -2935,32 +2906,28 @@ def sample(args: argparse.Namespace) -> None:
     teacher = prepare(args)
     shape = teacher.latent_shape(args.resolution)
     student = load_student(args.student, teacher) if args.student else None
+    steps = args.steps or (4 if student else teacher.steps)
     cond = teacher.encode_prompts(args.sample, args.tokens)
     uncond = None if student else teacher.encode_prompts([""], args.tokens)
     teacher.forget_text()
-    like = torch.empty(len(args.sample), *shape, device=args.device)
-    z = noise_like(like, torch.Generator().manual_seed(args.seed))
-    pictures = []
+    z = noise_like(torch.empty(len(args.sample), *shape, device=args.device), torch.Generator().manual_seed(args.seed))
+    drawn = []
     for i in range(len(z)):
         rng = torch.Generator().manual_seed(args.seed + 1)
-        one = {key: value[i : i + 1] for key, value in cond.items()}
-        if student is None:
-            x = teacher.sample(z[i : i + 1], one, uncond, args.steps, args.guidance, rng)
+        z_i, one = z[i : i + 1], {key: value[i : i + 1] for key, value in cond.items()}
+        if student:
+            x = generate(student, z_i, one, steps, args.noise, rng=rng)
         else:
-            with torch.no_grad():
-                x = generate(student, z[i : i + 1], one, args.steps or 4, args.noise, rng=rng)
-        pictures.append(teacher.decode(x))
-    steps = args.steps or (4 if student else teacher.steps)
-    name = f"{'student' if student else 'teacher'}, {steps} steps" + (", random weights" if args.random_weights else "")
-    drawn = to_pixels(torch.cat(pictures))
-    for i, pixels in enumerate(drawn):
-        file = out if len(z) == 1 else out.with_stem(f"{out.stem}-{i + 1}")
-        image = Image.fromarray(pixels)
+            x = teacher.sample(z_i, one, uncond, steps, args.guidance, rng)
+        drawn += [*to_pixels(teacher.decode(x))]
+        image = Image.fromarray(drawn[i])
         if args.random_weights:
             ImageDraw.Draw(image).text((4, 4), "random weights", fill="white", stroke_width=1, stroke_fill="black")
+        file = out if len(z) == 1 else out.with_stem(f"{out.stem}-{i + 1}")
         write(file, partial(image.save, format="PNG"))
         print(file)
     if len(z) > 1:
+        name = f"{'student' if student else 'teacher'}, {steps} steps{', random weights' * args.random_weights}"
         draw_samples(out, {name: drawn}, args.sample)
         print(out)
 
@@ -2996,7 +2963,8 @@ def train(args: argparse.Namespace) -> None:
     uncond = texts[[""]]
 
     # Three networks, two optimisers
-    student, fake = three_networks(args, teacher, start)
+    torch.manual_seed(args.seed)  # of the adapters
+    student, fake = three_networks(teacher, start, args.lora, args.device, args.recompute, args.compile)
     args.lr = args.lr or (5e-6 if teacher.family.kind == "sana" else 1e-6) * (10 if args.lora else 1)
     adam = {"lr": args.lr, "betas": (0.0, 0.999), "eps": 1e-8, "fused": args.device != "mps"}
     optimizers = tuple(torch.optim.Adam(trained(net), **adam) for net in (student, fake))
@@ -3028,7 +2996,7 @@ def train(args: argparse.Namespace) -> None:
         picture_rng = torch.Generator().manual_seed(args.seed + 1)
         with visiting(args.device, teacher.vae), torch.no_grad():
             ours = teacher.decode(generate(student, z, cond, steps, args.noise, rng=picture_rng))
-        seen = f"{done * per_iteration:,} images"
+        seen = f"{done * each:,} images"
         if not ours.isfinite().all():
             fail(f"diverged after {seen}: try a smaller --lr; {out} has what was saved before", status=1)
         if rank == 0:
@@ -3046,21 +3014,15 @@ def train(args: argparse.Namespace) -> None:
             real = latents[[images[i] for i in picks]]["x_0"] if images else None
             yield texts[[prompts[i] for i in picks]], real
 
-    per_iteration = world * args.accumulate * args.batch
-    total = args.iters * per_iteration
+    each = world * args.accumulate * args.batch  # images of an iteration
+    total = args.iters * each
     options = {"steps": steps, "guidance": args.guidance, "uncond": uncond, "start": first, "rng": rng}
     options |= {key: getattr(args, key) for key in ("loss", "alpha", "weight", "noise", "iters", "accumulate")}
     # The authors' waiting times of the adversarial term, for runs as long as theirs; shorter ones wait a tenth, a fifth.
     options["warmup"] = (min(20_000, total // 10), min(40_000, total // 5))
     waiting: list[dict] = []  # measurements that are still on the device
-    progress = {
-        "total": total,
-        "initial": first * per_iteration,
-        "unit": " images",
-        "unit_scale": True,
-        "desc": out.name,
-    }
-    with signals() as stop, tqdm(**progress, disable=rank > 0) as bar:
+    bar = tqdm(total=total, initial=first * each, unit=" images", unit_scale=True, desc=out.name, disable=rank > 0)
+    with signals() as stop, bar:
         for measured in distill(teacher.dit, student, fake, optimizers, batches(), shape, **options):
             done = measured["iteration"] + 1
             last = done == args.iters
@@ -3069,7 +3031,7 @@ def train(args: argparse.Namespace) -> None:
                 if measured["scores"]["cmmd"][0] < min(cmmds([*log, *waiting]), default=math.inf):
                     save_student(student, teacher, out / "student-best")
             waiting.append(measured)
-            bar.update(per_iteration)
+            bar.update(each)
             saves = last or done % args.save_every == 0
             # Reading the measurements waits for the device, so that is done seldom.
             if not (len(waiting) == 10 or saves or (stop and world == 1)):
@@ -3079,9 +3041,7 @@ def train(args: argparse.Namespace) -> None:
             bar.set_postfix_str(say_progress(log), refresh=False)
             if len(log) >= MOST_SKIPPED and all(row["skipped"] for row in log[-MOST_SKIPPED:]):
                 bar.close()
-                said = (
-                    f"the last {MOST_SKIPPED} updates, up to iteration {done}, had no finite gradient and were skipped"
-                )
+                said = f"{MOST_SKIPPED} updates in a row, up to iteration {done}, were skipped: no finite gradient"
                 fail(f"diverged: {said}; try a smaller --lr; {out} has what was saved before", status=1)
             halt = torch.tensor(stop[-1] if stop else 0, device=args.device)
             if world > 1:
@@ -3098,7 +3058,8 @@ def train(args: argparse.Namespace) -> None:
     if rank > 0:
         return
     if measure:
-        said = f"CMMD {min(cmmds(log)):.3g} on {len(judged)} prompts; evaluation took {measure.share():.0%} of the time"
+        best = min(cmmds(log), default=math.inf)
+        said = f"CMMD {best:.3g} on {len(judged)} prompts; evaluation took {measure.share():.0%} of the time"
         print(f"{out / 'student-best'}: {said}")
     command = ["python", "sid_fm.py", "--teacher", args.teacher, "--student", str(out / "student")]
     for name in ("steps", "resolution", "device", "dtype", "tokens", "noise", "instruction"):
@@ -3106,33 +3067,6 @@ def train(args: argparse.Namespace) -> None:
             command += [f"--{name}", str(getattr(asked, name))]
     command += [*["--random-weights"] * args.random_weights, "--sample", shown[0]]
     print(f"{out}: samples-*.png, loss.png and the student. To sample from it:\n{shlex.join(command)}")
-
-
-def three_networks(args: argparse.Namespace, teacher: Teacher, start: nn.Module) -> tuple[nn.Module, nn.Module]:
-    """The student, from `start`, and the fake network, from the teacher's: copies, or adapters on the very weights; shared
-    among processes, as the teacher's then is too. What is trained is float32, because bf16 rounds away updates of 1e-5 and
-    less."""
-    dtype = teacher.weights.dtype
-    student, fake = start, teacher.dit
-    if args.lora:
-        torch.manual_seed(args.seed)
-        student, fake = adapt(student, args.lora), adapt(fake, args.lora)
-    if processes()[1] > 1:
-        compute = None if dtype == torch.float32 else dtype
-        teacher.dit = shard(teacher.dit, args.device, compute=compute)
-        student, fake = (shard(net, args.device, torch.float32, compute) for net in (student, fake))
-    else:
-        student, fake = (copy.deepcopy(net) if net is teacher.dit else net for net in (student, fake))
-        for net in (student, fake):
-            for w in trained(net):
-                w.data = w.data.float()
-            compute_in(net, args.device, dtype)
-    for net in (teacher.dit, student, fake):
-        if args.recompute:
-            recompute_blocks(net)
-        if args.compile:
-            compile_blocks(net)
-    return as_student(student), fake
 
 
 def read_measurements(waiting: list[dict], file: Path) -> list[dict]:
@@ -3252,9 +3186,7 @@ def evaluate(args: argparse.Namespace) -> None:
         drawn[f"{name}, {n} step{'s' * (n > 1)}"] = shown[:4]
     if rank > 0:
         return
-    like = (
-        f"pictures of {args.reference}" if measure.likes else "teacher's own samples of the same prompts, other noise"
-    )
+    like = f"pictures of {args.reference}" if measure.likes else "teacher's own samples from other noise"
     count = f"{SEEDS * len(prompts)} pictures a row, {SEEDS} of a prompt"
     print(f"{count}; reference: the {like}. +-: standard errors")
     print(f"{'':8}  steps {'CLIP score':>17} {'CMMD':>17} {'diversity':>17}  s / picture  peak GB")
