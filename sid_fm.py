@@ -1924,8 +1924,8 @@ def random_conditions(family: Family, prompts: list[str], like: Tensor) -> dict[
     return cond
 
 
-def locate(name_or_path: str | Path) -> tuple[Path, Family, dict]:
-    """A pipeline's folder, its family, and what of its network's configuration is to be read otherwise. Raises BadInput."""
+def open_pipeline(name_or_path: str | Path) -> tuple[Path, Family, tuple, tuple]:
+    """A pipeline's folder, its family, its network and its autoencoder, which are open_part's. Raises BadInput."""
     folder = resolve(name_or_path)
     index = read_json(folder / "model_index.json")
     pipeline = index.get("_class_name")
@@ -1936,7 +1936,9 @@ def locate(name_or_path: str | Path) -> tuple[Path, Family, dict]:
             raise BadInput(f"{folder} lacks {part}, which its model_index.json names: download it again")
     # Sprint's pipeline feeds its network t itself, whatever the configuration says; so do we feed the teachers of Sprint.
     sprint = pipeline == "SanaSprintPipeline" or str(name_or_path).startswith("sana-sprint-")
-    return folder, PIPELINES[pipeline], {"timestep_scale": 0.001} if sprint else {}
+    family, override = PIPELINES[pipeline], {"timestep_scale": 0.001} if sprint else {}
+    dit = open_part(family.backbone, folder / "transformer", **override)
+    return folder, family, dit, open_part(family.autoencoder, folder / "vae")
 
 
 def describe(name_or_path: str | Path, random_weights: bool = False) -> Teacher:
@@ -1950,10 +1952,8 @@ def describe(name_or_path: str | Path, random_weights: bool = False) -> Teacher:
             return Teacher(name, None, family, dit, build(family.autoencoder, family.latent), family.scheduler)
     if random_weights:
         raise BadInput(f"random weights need one of the names {', '.join(NAMES)}, not {name}")
-    folder, family, override = locate(name)
-    dit = open_part(family.backbone, folder / "transformer", **override)
-    vae = open_part(family.autoencoder, folder / "vae")
-    return Teacher(name, folder, family, dit[0], vae[0], {})
+    folder, family, (dit, _), (vae, _) = open_pipeline(name)
+    return Teacher(name, folder, family, dit, vae, {})
 
 
 def load_teacher(
@@ -1966,14 +1966,12 @@ def load_teacher(
     """
     name = str(name_or_path)
     if random_weights:
-        known = describe(name, random_weights)
-        nets = [random_part(type(net), net.config, device, dtype) for net in (known.dit, known.vae)]
-        return Teacher(name, None, known.family, *nets, known.scheduler)
-    folder, family, override = locate(name)
+        outline = describe(name, random_weights)
+        nets = [random_part(type(net), net.config, device, dtype) for net in (outline.dit, outline.vae)]
+        return Teacher(name, None, outline.family, *nets, outline.scheduler)
+    folder, family, *parts = open_pipeline(name)
     scheduler = read_json(folder / "scheduler" / "scheduler_config.json")
-    dit = open_part(family.backbone, folder / "transformer", **override)
-    vae = open_part(family.autoencoder, folder / "vae")
-    return Teacher(name, folder, family, *(fill_part(*part, device, dtype) for part in (dit, vae)), scheduler)
+    return Teacher(name, folder, family, *(fill_part(*part, device, dtype) for part in parts), scheduler)
 
 
 def as_student(net: nn.Module) -> nn.Module:
@@ -2845,10 +2843,10 @@ def prepare(args: argparse.Namespace, training: bool = False) -> Teacher:
     join(args.device)
     args.dtype = args.dtype or ("bf16" if args.device == "cuda" else "fp32")
     dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[args.dtype]
-    known = describe(args.teacher, args.random_weights)
+    outline = describe(args.teacher, args.random_weights)
     if args.guidance is None:
-        args.guidance = 1.0 if known.embeds_guidance else 4.5
-    args.recompute = weigh(args, known, dtype, training)
+        args.guidance = 1.0 if outline.embeds_guidance else 4.5
+    args.recompute = weigh(args, outline, dtype, training)
     # Networks that processes share go to their devices in parts.
     shared = training and processes()[1] > 1
     teacher = load_teacher(args.teacher, "cpu" if shared else args.device, dtype, args.random_weights)
@@ -2860,14 +2858,14 @@ def prepare(args: argparse.Namespace, training: bool = False) -> Teacher:
     return teacher
 
 
-def weigh(args: argparse.Namespace, known: Teacher, dtype: torch.dtype, training: bool) -> bool:
+def weigh(args: argparse.Namespace, outline: Teacher, dtype: torch.dtype, training: bool) -> bool:
     """Says what memory a run takes, by part, before anything is loaded. Raises BadInput where it is more than there is.
     Returns whether blocks must be recomputed for it to fit."""
-    count, have = sum(p.numel() for p in known.dit.parameters()), device_memory(args.device)
+    count, have = sum(p.numel() for p in outline.dit.parameters()), device_memory(args.device)
     recompute, parts = False, {"weights": count * dtype.itemsize * (2 if args.student else 1)}
     if training:
-        shape = (args.batch, *known.latent_shape(args.resolution or known.resolution))
-        parts = memory_needed(known, shape, dtype, args.lora or 0, args.guidance, args.tokens, processes()[1])
+        shape = (args.batch, *outline.latent_shape(args.resolution or outline.resolution))
+        parts = memory_needed(outline, shape, dtype, args.lora or 0, args.guidance, args.tokens, processes()[1])
         recomputed = parts.pop("recomputed")
         recompute = sum(parts.values()) > 0.85 * have  # the rest is for what no formula sees
         if recompute:
@@ -2965,6 +2963,7 @@ def train(args: argparse.Namespace) -> None:
     # Three networks, two optimisers
     torch.manual_seed(args.seed)  # of the adapters
     student, fake = three_networks(teacher, start, args.lora, args.device, args.recompute, args.compile)
+    del start  # where processes share the networks, none keeps a whole one
     args.lr = args.lr or (5e-6 if teacher.family.kind == "sana" else 1e-6) * (10 if args.lora else 1)
     adam = {"lr": args.lr, "betas": (0.0, 0.999), "eps": 1e-8, "fused": args.device != "mps"}
     optimizers = tuple(torch.optim.Adam(trained(net), **adam) for net in (student, fake))
