@@ -1,6 +1,7 @@
 """Chapter 10 of sid_fm.py: whole runs from pipeline folders, pictures, and what happens when something is wrong."""
 
 import functools
+import gc
 import json
 import math
 import os
@@ -178,6 +179,19 @@ def test_a_student_trains_on(pipeline, student, run, untrained, tmp_path):
     for net, expected in zip(nets, (old, new, old)):
         assert all(torch.equal(value, expected[key]) for key, value in net.state_dict().items())
     assert len({next(net.parameters()).data_ptr() for net in nets}) == 3
+
+
+def test_three_networks_are_all_that_a_run_keeps(pipeline, student, run, untrained, monkeypatch, tmp_path):
+    """Where training starts from a student too."""
+
+    def networks():
+        gc.collect()
+        return sum(type(x) is sid_fm.MMDiT for x in gc.get_objects())
+
+    before, alive = networks(), []
+    monkeypatch.setattr(sid_fm, "distill", lambda *_, **__: alive.append(networks() - before) or iter(()))
+    run(pipeline("sd3-medium"), "--student", student, *SHORT, "--out", tmp_path / "run")
+    assert alive == [3]
 
 
 def test_flux_is_guided_by_its_embedding(pipeline, run, untrained, tmp_path):
