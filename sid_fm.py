@@ -1710,9 +1710,7 @@ def random_part(kind: type[nn.Module], config: dict, device: str, dtype: torch.d
     return net.eval().requires_grad_(False)
 
 
-PARTS = re.compile(
-    r"(transformer|vae|scheduler|text_encoder(_\d)?|tokenizer(_\d)?)/[^/]+\.(json|txt|model|safetensors)$"
-)
+PARTS = re.compile(r"(transformer|vae|scheduler|(text_encoder|tokenizer)(_\d)?)/[^/]+\.(json|txt|model|safetensors)$")
 PIPELINE = re.compile(rf"model_index\.json$|{PARTS.pattern}")
 NETWORK = re.compile(r"(transformer/)?(config|diffusion_pytorch_model[^/]*)\.(json|safetensors)$")  # a student's
 CLIP_MODEL = re.compile(r"(model[^/]*\.safetensors(\.index\.json)?|[a-z_]+\.json|merges\.txt)$")
@@ -1726,6 +1724,15 @@ def wanted(files: Iterable[str], kind: re.Pattern = PIPELINE) -> list[str]:
     is_variant = re.compile(r".*\.(fp16|bf16)[.-]")
     plain = {f.rpartition("/")[0] for f in kept if is_weight.match(f) and not is_variant.match(f)}
     return [f for f in kept if not (is_variant.match(f) and f.rpartition("/")[0] in plain)]
+
+
+def make_room(what: str, folder: Path, needed: int, advice: str) -> None:
+    """Makes the folder. Raises BadInput unless `needed` bytes more fit into it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        size = f"{needed / 1e9:.1f} GB more and {folder} has {free / 1e9:.1f} GB free"
+        raise BadInput(f"{what} needs {size}: make room, {advice}")
 
 
 def fetch(repository: str, kind: re.Pattern = PIPELINE) -> Path:
@@ -1746,27 +1753,19 @@ def fetch(repository: str, kind: re.Pattern = PIPELINE) -> Path:
         names = wanted((file.rfilename for file in files), kind)
         new = sum(file.size or 0 for file in files if file.rfilename in names and not cached(file.rfilename))
         cache = Path(hub.constants.HF_HUB_CACHE)
-        cache.mkdir(parents=True, exist_ok=True)
-        free = shutil.disk_usage(cache).free
-        if new > free:
-            raise BadInput(
-                f"{repository} needs {new / 1e9:.1f} GB more and {cache} has {free / 1e9:.1f} GB free: "
-                "make room, or set HF_HOME to a folder on a larger disk"
-            )
+        make_room(repository, cache, new, "or set HF_HOME to a folder on a larger disk")
         return Path(hub.snapshot_download(repository, allow_patterns=names))
     except GatedRepoError:
-        raise BadInput(
-            f"{repository} is gated: accept its licence on its page on the Hub, then log in (hf auth login) or set HF_TOKEN"
-        ) from None
+        advice = "accept its licence on its page on the Hub, then log in (hf auth login) or set HF_TOKEN"
+        raise BadInput(f"{repository} is gated: {advice}") from None
     except (RepositoryNotFoundError, HFValidationError):
         raise BadInput(f"{repository} is not on the Hub, or is private: check its name, or set HF_TOKEN") from None
     except (OSError, *HfHubHTTPError.__bases__) as error:  # no disk; no network, as requests or httpx tells it
         if isinstance(error, OSError) and error.errno == errno.ENOSPC:
             raise BadInput(f"{repository}: the disk is full; make room, or set HF_HOME to another disk") from None
         if getattr(getattr(error, "response", None), "status_code", None) in (401, 403):
-            raise BadInput(
-                f"{repository}: the Hub refuses the token; log in again (hf auth login) or set HF_TOKEN"
-            ) from None
+            advice = "log in again (hf auth login) or set HF_TOKEN"
+            raise BadInput(f"{repository}: the Hub refuses the token; {advice}") from None
         for name in ("model_index.json", "transformer/config.json", "config.json"):
             if cached(name) and all(map(cached, names or [])):
                 return Path(cached(name)).parents[name.count("/")]
@@ -1916,20 +1915,18 @@ class Teacher:
 
 def random_conditions(family: Family, prompts: list[str], like: Tensor) -> dict[str, Tensor]:
     """What stands for prompts where there is no text encoder: noise of the right shapes, the same for the same prompt."""
-    rows = []
+    shapes, rows = family.conditions, []
     for prompt in prompts:
         rng = torch.Generator().manual_seed(zlib.crc32(prompt.encode()))
-        rows.append(
-            {key: torch.randn(shape, generator=rng) for key, shape in family.conditions.items() if key != "mask"}
-        )
+        rows.append({key: torch.randn(shape, generator=rng) for key, shape in shapes.items() if key != "mask"})
     cond = {key: torch.stack([row[key] for row in rows]).to(like) for key in rows[0]}
-    if "mask" in family.conditions:
-        cond["mask"] = torch.ones(len(prompts), *family.conditions["mask"], dtype=torch.int64, device=like.device)
+    if "mask" in shapes:
+        cond["mask"] = torch.ones(len(prompts), *shapes["mask"], dtype=torch.int64, device=like.device)
     return cond
 
 
-def locate(name_or_path: str | Path) -> tuple[Path, Family, dict]:
-    """A pipeline's folder, its family, and what of its network's configuration is to be read otherwise. Raises BadInput."""
+def open_pipeline(name_or_path: str | Path) -> tuple[Path, Family, tuple, tuple]:
+    """A pipeline's folder, its family, its network and its autoencoder, which are open_part's. Raises BadInput."""
     folder = resolve(name_or_path)
     index = read_json(folder / "model_index.json")
     pipeline = index.get("_class_name")
@@ -1940,29 +1937,28 @@ def locate(name_or_path: str | Path) -> tuple[Path, Family, dict]:
             raise BadInput(f"{folder} lacks {part}, which its model_index.json names: download it again")
     # Sprint's pipeline feeds its network t itself, whatever the configuration says; so do we feed the teachers of Sprint.
     sprint = pipeline == "SanaSprintPipeline" or str(name_or_path).startswith("sana-sprint-")
-    return folder, PIPELINES[pipeline], {"timestep_scale": 0.001} if sprint else {}
+    family, override = PIPELINES[pipeline], {"timestep_scale": 0.001} if sprint else {}
+    dit = open_part(family.backbone, folder / "transformer", **override)
+    return folder, family, dit, open_part(family.autoencoder, folder / "vae")
 
 
-def describe(name_or_path: str, random_weights: bool = False) -> tuple[Family, dict, nn.Module]:
-    """What is known of a teacher before any weight is read: its family, its network's configuration, and its autoencoder
-    on the meta device; of a name nothing is downloaded. Raises BadInput, for a folder's weights that don't fit their
-    configuration too."""
-    if name_or_path in NAMES:
-        family = PIPELINES[NAMES[name_or_path].pipeline]
+def describe(name_or_path: str | Path, random_weights: bool = False) -> Teacher:
+    """What is known of a teacher before any weight is read: its networks are on the meta device, and of a name nothing is
+    downloaded. Raises BadInput, for a folder's weights that don't fit their configuration too."""
+    name = str(name_or_path)
+    if name in NAMES:
+        family = PIPELINES[NAMES[name].pipeline]
         with torch.device("meta"):
-            return family, network_config(family, NAMES[name_or_path].network), build(family.autoencoder, family.latent)
+            dit = build(family.backbone, network_config(family, NAMES[name].network))
+            return Teacher(name, None, family, dit, build(family.autoencoder, family.latent), family.scheduler)
     if random_weights:
-        raise BadInput(f"random weights need one of the names {', '.join(NAMES)}, not {name_or_path}")
-    folder, family, override = locate(name_or_path)
-    net, _ = open_part(family.backbone, folder / "transformer", **override)
-    return family, net.config, open_part(family.autoencoder, folder / "vae")[0]
+        raise BadInput(f"random weights need one of the names {', '.join(NAMES)}, not {name}")
+    folder, family, (dit, _), (vae, _) = open_pipeline(name)
+    return Teacher(name, folder, family, dit, vae, {})
 
 
 def load_teacher(
-    name_or_path: str | Path,
-    device: str = "cpu",
-    dtype: torch.dtype = torch.float32,
-    random_weights: bool = False,
+    name_or_path: str | Path, device: str = "cpu", dtype: torch.dtype = torch.float32, random_weights: bool = False
 ) -> Teacher:
     """A teacher by name (a key of NAMES), from a folder in the diffusers layout, or from a Hub repository.
 
@@ -1971,17 +1967,12 @@ def load_teacher(
     """
     name = str(name_or_path)
     if random_weights:
-        if name not in NAMES:
-            raise BadInput(f"random weights need one of the names {', '.join(NAMES)}, not {name}")
-        family = PIPELINES[NAMES[name].pipeline]
-        dit = random_part(family.backbone, network_config(family, NAMES[name].network), device, dtype)
-        vae = random_part(family.autoencoder, family.latent, device, dtype)
-        return Teacher(name, None, family, dit, vae, family.scheduler)
-    folder, family, override = locate(name_or_path)
+        outline = describe(name, random_weights)
+        nets = [random_part(type(net), net.config, device, dtype) for net in (outline.dit, outline.vae)]
+        return Teacher(name, None, outline.family, *nets, outline.scheduler)
+    folder, family, *parts = open_pipeline(name)
     scheduler = read_json(folder / "scheduler" / "scheduler_config.json")
-    dit = open_part(family.backbone, folder / "transformer", **override)
-    vae = open_part(family.autoencoder, folder / "vae")
-    return Teacher(name, folder, family, *(fill_part(*part, device, dtype) for part in (dit, vae)), scheduler)
+    return Teacher(name, folder, family, *(fill_part(*part, device, dtype) for part in parts), scheduler)
 
 
 def as_student(net: nn.Module) -> nn.Module:
@@ -2082,6 +2073,12 @@ def write(file: Path, content: Callable[[Path], object]) -> None:
         raise
 
 
+def write_json(file: Path, content: dict) -> None:
+    """As write; what JSON has no form for (paths) as text."""
+    text = json.dumps(content, indent=2, default=str) + "\n"
+    write(file, lambda part: part.write_text(text, encoding="utf-8"))
+
+
 def save_student(net: nn.Module, teacher: Teacher | None, folder: str | Path) -> None:
     """Writes a student in the diffusers layout, config.json and safetensors, each file whole or not at all; adapters are
     merged, and kept beside it as the file that diffusers' load_lora_weights reads. Where processes share the network all
@@ -2101,9 +2098,7 @@ def save_student(net: nn.Module, teacher: Teacher | None, folder: str | Path) ->
     for name, tensors in (("pytorch_lora_weights", adapters), ("diffusion_pytorch_model", weights)):
         if tensors:
             write(folder / f"{name}.safetensors", partial(save_file, tensors, metadata={"format": "pt"}))
-    write(
-        folder / "config.json", lambda file: file.write_text(json.dumps(net.config, indent=2) + "\n", encoding="utf-8")
-    )
+    write_json(folder / "config.json", net.config)
 
 
 def recompute_blocks(net: nn.Module) -> None:
@@ -2152,9 +2147,8 @@ def kept_by_autograd(net: nn.Module, x_t: Tensor, cond: dict) -> tuple[int, int]
             kept[inside[0]][x.untyped_storage()._cdata] = x
         return x
 
-    hooks = [
-        hook for b in blocks_of(net) for hook in (b.register_forward_pre_hook(enter), b.register_forward_hook(leave))
-    ]
+    hooks = [block.register_forward_pre_hook(enter) for block in blocks_of(net)]
+    hooks += [block.register_forward_hook(leave) for block in blocks_of(net)]
     with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
         net(x_t.requires_grad_(), x_t.new_empty(len(x_t)), cond)
     for hook in hooks:
@@ -2167,10 +2161,8 @@ def kept_by_autograd(net: nn.Module, x_t: Tensor, cond: dict) -> tuple[int, int]
 
 
 def memory_needed(
-    family: Family,
-    config: dict,
+    teacher: Teacher,
     shape: tuple[int, ...],
-    *,
     dtype: torch.dtype,
     rank: int = 0,
     guidance: float = 1.0,
@@ -2179,21 +2171,21 @@ def memory_needed(
 ) -> dict[str, float]:
     """Bytes by part that distillation takes on each device: weights (three networks, the teacher in dtype, what is trained
     in float32), gradients (of one network at a time), Adam's moments (of two), and the activations of the generator's
-    update, "recomputed" as far as recompute_blocks leaves them. shape: of a batch of latents, (B, C, h, w)."""
+    update, "recomputed" as far as recompute_blocks leaves them. teacher: as described. shape: of a batch of latents."""
+    config = teacher.dit.config
     with torch.device("meta"):
-        net = build(family.backbone, config).to(dtype)
+        net = build(teacher.family.backbone, config).to(dtype)
         size = sum(p.numel() for p in net.parameters())
         count = sum(p.numel() for p in trained(adapt(net, rank) if rank else net))
-    width = {"text": config.get("joint_attention_dim", config.get("caption_channels")), "mask": 0}
-    width["pooled"] = config.get("pooled_projection_dim")
+    width = config.get("joint_attention_dim") or config["caption_channels"]
+    longer = tokens - TEXT_LENGTH[teacher.family.kind] if tokens else 0
+    sizes = {name: (n + longer, *[width] * len(rest)) for name, (n, *rest) in teacher.family.conditions.items()}
+    if "pooled" in sizes:
+        sizes["pooled"] = (config["pooled_projection_dim"],)
     activations = [0, 0]
-    doubled = 1 if guidance == 1 else 2
     # The generator's graph holds gradients of weights, the two networks behind it of inputs alone.
-    for rows, weights_too in ((shape[0], not rank), (2 * doubled * shape[0], False)):
-        cond = {}
-        for name, (length, *rest) in family.conditions.items():
-            sizes = (tokens or length, *[width[name]] * len(rest)) if name != "pooled" else (width[name],)
-            cond[name] = torch.empty(rows, *sizes, device="meta", dtype=dtype)
+    for rows, weights_too in ((shape[0], not rank), ((2 if guidance == 1 else 4) * shape[0], False)):
+        cond = {name: torch.empty(rows, *of, device="meta", dtype=dtype) for name, of in sizes.items()}
         x_t = torch.empty(rows, *shape[1:], device="meta")
         activations = [a + b for a, b in zip(activations, kept_by_autograd(net.requires_grad_(weights_too), x_t, cond))]
     return {
@@ -2233,6 +2225,13 @@ def join(device: str) -> None:
         torch.distributed.init_process_group("nccl" if device == "cuda" else "gloo")
 
 
+def shared_generator(device: str, seed: int) -> SharedGenerator:
+    """This process's share of one generator."""
+    rng = SharedGenerator(device)
+    rng.rank, rng.world = processes()
+    return rng.manual_seed(seed)
+
+
 def local(x: Tensor) -> Tensor:
     """What this process holds of a tensor."""
     return x.to_local() if hasattr(x, "to_local") else x
@@ -2248,12 +2247,10 @@ def shard(
 
     rank, world = processes()
     ours = {id(w) for w in trained(net)}
-    memo = {
-        id(w): nn.Parameter(
-            torch.empty_like(w, device="meta", dtype=dtype if id(w) in ours else None), requires_grad=False
-        )
-        for w in net.parameters()
-    }
+    memo = {}
+    for w in net.parameters():
+        empty = torch.empty_like(w, device="meta", dtype=dtype if id(w) in ours else None)
+        memo[id(w)] = nn.Parameter(empty, requires_grad=False)
     twin = copy.deepcopy(net, memo)
     # Inputs keep their dtypes: times and rotations are float32 whatever the weights are.
     mixed = MixedPrecisionPolicy(compute, torch.float32 if compute else None, cast_forward_inputs=False)
@@ -2270,6 +2267,33 @@ def shard(
             if rank < len(rows):
                 local(w).copy_(rows[rank])
     return twin
+
+
+def three_networks(
+    teacher: Teacher, start: nn.Module, rank: int | None, device: str, recompute: bool = False, compiled: bool = False
+) -> tuple[nn.Module, nn.Module]:
+    """The student, from `start`, and the fake network, from the teacher's: copies, or adapters of this rank on the very
+    weights; shared among processes, as the teacher's own then is too. What is trained is float32, because bf16 rounds away
+    updates of 1e-5 and less."""
+    dtype, student, fake = teacher.weights.dtype, start, teacher.dit
+    if rank:
+        student, fake = adapt(student, rank), adapt(fake, rank)
+    if processes()[1] > 1:
+        compute = None if dtype == torch.float32 else dtype
+        teacher.dit = shard(teacher.dit, device, compute=compute)
+        student, fake = (shard(net, device, torch.float32, compute) for net in (student, fake))
+    else:
+        student, fake = (copy.deepcopy(net) if net is teacher.dit else net for net in (student, fake))
+        for net in (student, fake):
+            for w in trained(net):
+                w.data = w.data.float()
+            compute_in(net, device, dtype)
+    for net in (teacher.dit, student, fake):
+        if recompute:
+            recompute_blocks(net)
+        if compiled:
+            compile_blocks(net)
+    return as_student(student), fake
 
 
 # State to resume from: state/ITERATION/RANK.safetensors, one a process, and state/state.json, which names the iteration.
@@ -2302,7 +2326,7 @@ def save_state(folder: Path, iteration: int, settings: dict, *state: object) -> 
         torch.distributed.barrier()
     if rank == 0:
         notes = {"iteration": iteration, "processes": world, "settings": settings}
-        write(folder / "state.json", lambda file: file.write_text(json.dumps(notes, indent=2) + "\n", encoding="utf-8"))
+        write_json(folder / "state.json", notes)
         for old in folder.iterdir():
             if old.is_dir() and old != new:
                 shutil.rmtree(old, ignore_errors=True)
@@ -2318,11 +2342,8 @@ def load_state(folder: Path, settings: dict, nets: dict, optimizers: Iterable, g
     notes = read_json(folder / "state.json")
     if notes["processes"] != world:
         raise BadInput(f"--resume: the run had {notes['processes']} processes and this one has {world}: start as many")
-    other = [
-        f"--{key.replace('_', '-')} was {notes['settings'].get(key)}"
-        for key in settings
-        if settings[key] != notes["settings"].get(key)
-    ]
+    former = notes["settings"]
+    other = [f"--{key.replace('_', '-')} was {former.get(key)}" for key in settings if settings[key] != former.get(key)]
     if other:
         raise BadInput(f"--resume: the run in {folder.parent} had other settings: {', '.join(other)}")
     file = folder / f"{notes['iteration']:07d}" / f"{rank}.safetensors"
@@ -2421,15 +2442,12 @@ def mmd(x: Tensor, y: Tensor, paired: bool = False, sigma: float = 10.0) -> tupl
     """
 
     def kernel(a: Tensor, b: Tensor) -> Tensor:  # means over both prompts' seeds
-        b = b.double()
-        rows = [
-            torch.cdist(row.double(), b, compute_mode="donot_use_mm_for_euclid_dist") for row in a
-        ]  # [Q, S, T] each
+        b, exact = b.double(), "donot_use_mm_for_euclid_dist"
+        rows = (torch.cdist(row.double(), b, compute_mode=exact) for row in a)  # [Q, S, T] each
         return torch.stack([(-row.square() / (2 * sigma**2)).exp().mean((1, 2)) for row in rows])
 
-    def off_diagonal(
-        k: Tensor,
-    ) -> tuple[Tensor, Tensor]:  # the mean of a symmetric matrix, and without each row and column
+    # The mean of a symmetric matrix, and that without each row and column; the diagonal doesn't count.
+    def off_diagonal(k: Tensor) -> tuple[Tensor, Tensor]:
         n, k = len(k), k - k.diag().diag()
         return k.sum() / (n * (n - 1)), (k.sum() - 2 * k.sum(1)) / ((n - 1) * (n - 2))
 
@@ -2463,6 +2481,9 @@ def scores(x: Tensor, texts: Tensor, reference: Tensor, paired: bool) -> dict[st
     return {"clip": mean(cosine), "cmmd": (1000 * value, 1000 * error), "diversity": mean(apart)}
 
 
+MEASURES = {"clip": "CLIP score", "cmmd": "CMMD to the reference", "diversity": "diversity"}  # keys of scores
+
+
 class Panel:
     """A fixed set of prompts and noises that samplers are measured on. Noise is a function of seed and prompt alone:
     the same for every sampler, and however many processes share the prompts.
@@ -2477,7 +2498,7 @@ class Panel:
 
     @torch.no_grad()
     def draw(self, sampler: Callable, seed: int, title: str) -> tuple[Tensor, list, float]:
-        """Of what sampler(z, cond, rng) makes, latents: embeddings [P, S, d], a picture of each prompt of this process,
+        """Of what sampler(z, cond, rng=rng) makes, latents: embeddings [P, S, d], a picture of each prompt of this process,
         seconds a picture (the median over prompts). Where processes share networks all must call this."""
         from tqdm import tqdm
 
@@ -2490,7 +2511,7 @@ class Panel:
                 z = noise_like(self.like, rng)
                 cond = {key: x.expand(SEEDS, *x.shape[1:]) for key, x in self.cond_of(i % count).items()}
                 start = time.perf_counter()
-                pixels = to_pixels(self.teacher.decode(sampler(z, cond, rng)))
+                pixels = to_pixels(self.teacher.decode(sampler(z, cond, rng=rng)))
                 seconds.append((time.perf_counter() - start) / SEEDS)
                 shown.append(pixels[0])
                 found.append(self.clip.embed(pixels))
@@ -2536,12 +2557,18 @@ def compose(count: int, seed: int) -> list[str]:
     return [re.sub(r"\b([Aa]) (?=[aeiou])", r"\1n ", expand("prompt")) for _ in range(count)]
 
 
-def read_prompts(file: Path) -> list[str]:
-    """One prompt a line; blank lines don't count. Raises BadInput."""
-    prompts = [line.strip() for line in read_text(file).splitlines() if line.strip()]
-    if not prompts:
-        raise BadInput(f"{file} holds no prompt: it needs one a line")
-    return prompts
+def read_inputs(args: argparse.Namespace) -> tuple[list[str], list[tuple[Path, int]]]:
+    """The prompts of --prompts, one a line; or of --data its captions, and the images that they belong to, each with the
+    time of its last change; else nothing. Raises BadInput."""
+    if args.data and args.prompts:
+        raise BadInput("--prompts and --data together: with --data the prompts are its captions")
+    if args.prompts:
+        prompts = [line.strip() for line in read_text(args.prompts).splitlines() if line.strip()]
+        if not prompts:
+            raise BadInput(f"{args.prompts} holds no prompt: it needs one a line")
+        return prompts, []
+    captions = read_captions(args.data) if args.data else {}
+    return [*captions.values()], [(image, image.stat().st_mtime_ns) for image in captions]
 
 
 def read_captions(folder: Path) -> dict[Path, str]:
@@ -2550,26 +2577,22 @@ def read_captions(folder: Path) -> dict[Path, str]:
     if not folder.is_dir():
         raise BadInput(f"--data {folder} is not a folder")
     captions, index = {}, folder / "metadata.jsonl"
-    if index.exists():
-        for number, line in enumerate(read_text(index).split("\n"), 1):
-            if not line.strip():
-                continue
+    lines = read_text(index).split("\n") if index.exists() else []
+    for number, line in enumerate(lines, 1):
+        if line.strip():
             try:
                 entry = json.loads(line)
                 captions[folder / entry["file_name"]] = entry["text"].strip()
             except (ValueError, KeyError, TypeError, AttributeError):
                 raise BadInput(f'{index}, line {number}: needs {{"file_name": ..., "text": ...}}') from None
-    else:
-        for image in pictures_in(folder):
-            caption = image.with_suffix(".txt")
-            if not caption.exists():
-                raise BadInput(
-                    f"{image} has no caption: it needs {caption.name} beside it, or an entry in metadata.jsonl"
-                )
-            captions[image] = read_text(caption).strip()
     for image in captions:
         if not image.exists():
             raise BadInput(f"{image}, which {index} names, is missing")
+    for image in pictures_in(folder) if not index.exists() else ():
+        text = image.with_suffix(".txt")
+        if not text.exists():
+            raise BadInput(f"{image} has no caption: it needs {text.name} beside it, or an entry in metadata.jsonl")
+        captions[image] = read_text(text).strip()
     if not captions:
         raise BadInput(f"--data {folder} holds no images (png, jpg, webp)")
     return captions
@@ -2601,48 +2624,67 @@ def read_image(path: Path, resolution: int) -> Tensor:
 
 
 class Cache:
-    """What encoders make of each item, computed once and kept on disk: cache[indices] is a batch.
+    """What encoders make of each item, computed once and kept on disk: cache[items] is a batch on the device.
 
     One memory-mapped safetensors file an item, named by a digest of the item and of `key`, which is all else that its
     tensors depend on; written beside and renamed, so that a killed run goes on where it was. Raises BadInput if the disk
     can't hold them, before anything is written.
     """
 
-    def __init__(self, folder: Path, what: str, items: list, encode: Callable[[list], dict], key: list):
+    def __init__(self, folder: Path, items: Iterable, encode: Callable[[list], dict], key: list, device: str = "cpu"):
         from safetensors.torch import save_file
         from tqdm import tqdm
 
-        names = (hashlib.sha256(json.dumps([key, str(item)]).encode()).hexdigest()[:24] for item in items)
-        self.files = [folder / what / f"{name}.safetensors" for name in names]
-        missing = [*{file: item for file, item in zip(self.files, items) if not file.exists()}.items()]
-        with tqdm(total=len(missing), unit=what.rstrip("s"), desc=f"encoding {what}", disable=not missing) as bar:
+        names = {item: hashlib.sha256(json.dumps([key, str(item)]).encode()).hexdigest()[:24] for item in items}
+        self.files, self.device = {item: folder / f"{name}.safetensors" for item, name in names.items()}, device
+        missing = [item for item, file in self.files.items() if not file.exists()]
+        title = {"desc": f"encoding {folder.name}", "unit": folder.name.rstrip("s")}
+        with tqdm(total=len(missing), disable=not missing, **title) as bar:
             for i in range(0, len(missing), BATCH):
-                files, some = zip(*missing[i : i + BATCH])
-                rows = {name: x.cpu() for name, x in encode([*some]).items()}
+                some = missing[i : i + BATCH]
+                rows = {name: x.cpu() for name, x in encode(some).items()}
                 if i == 0:
-                    make_room(folder / what, sum(x[0].nbytes for x in rows.values()) * len(missing))
-                for j, file in enumerate(files):
+                    needed = sum(x[0].nbytes for x in rows.values()) * len(missing)
+                    make_room("the cache", folder, needed, "give fewer prompts or images, or choose another --out")
+                for j, item in enumerate(some):
                     row = {name: x[j : j + 1].clone(memory_format=torch.contiguous_format) for name, x in rows.items()}
-                    write(file, partial(save_file, row))
-                bar.update(len(files))
+                    write(self.files[item], partial(save_file, row))
+                bar.update(len(some))
 
-    def __getitem__(self, indices: list[int]) -> dict[str, Tensor]:
+    def __getitem__(self, items: list) -> dict[str, Tensor]:
         from safetensors.torch import load_file
 
-        rows = [load_file(self.files[i]) for i in indices]
-        return {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
+        rows = [load_file(self.files[item]) for item in items]
+        return {name: torch.cat([row[name] for row in rows]).to(self.device) for name in rows[0]}
 
 
-def make_room(folder: Path, needed: int) -> None:
-    """Raises BadInput unless `needed` bytes fit into the folder, which it makes."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    free = shutil.disk_usage(folder.parent).free
-    if needed > free:
-        raise BadInput(
-            f"{folder} needs {needed / 1e9:.1f} GB and {free / 1e9:.1f} GB are free: "
-            "make room, give fewer prompts or images, or choose another --out"
-        )
-    folder.mkdir(exist_ok=True)
+def encode_once(
+    args: argparse.Namespace, teacher: Teacher, folder: Path, prompts: list[str], images: Sequence = ()
+) -> tuple[Cache, Cache]:
+    """Conditions of the prompts and of the empty one, and latents of the images, on disk. No text encoder stays in
+    memory; where there are more processes, the first encodes and the others find it done."""
+    rank, world = processes()
+    key = [*teacher.identity(), args.dtype]
+
+    def encode_texts(some: list[str]) -> dict[str, Tensor]:
+        return teacher.encode_prompts(some, args.tokens)
+
+    def encode_images(some: list[tuple[Path, int]]) -> dict[str, Tensor]:
+        return {"x_0": teacher.encode(torch.stack([read_image(file, args.resolution) for file, _ in some]))}
+
+    if rank > 0:
+        torch.distributed.barrier()
+    pictures = Cache(folder / "images", images, encode_images, [*key, args.resolution], args.device)
+    with warnings.catch_warnings(record=True) as caught:
+        key += [args.tokens, teacher.instruction]
+        texts = Cache(folder / "prompts", ["", *prompts], encode_texts, key, args.device)
+    teacher.forget_text()
+    if rank == 0 and world > 1:
+        torch.distributed.barrier()
+    if caught and rank == 0:  # not one warning for every few prompts
+        more = f" (and {len(caught) - 1} more such warnings)" if caught[1:] else ""
+        warnings.warn(f"{caught[0].message}{more}", stacklevel=2)
+    return texts, pictures
 
 
 def pyplot():
@@ -2682,12 +2724,8 @@ def draw_losses(file: Path, log: list[dict]) -> None:
     import numpy as np
 
     plt = pyplot()
-    names = {
-        "fisher": "Fisher estimate",
-        "fake_loss": "fake network's loss",
-        "loss": "generator's loss (hovers around 0)",
-    }
-    names |= {"discriminator": "discriminator", "adversarial": "adversarial"} if "adversarial" in log[0] else {}
+    names = {"fisher": "Fisher estimate", "fake_loss": "fake network's loss", "loss": "generator's loss (about 0)"}
+    names |= {name: name for name in ("discriminator", "adversarial") if name in log[0]}
     images = np.array([row["images"] for row in log])
     measured = [row for row in log if "scores" in row]
     rows = 2 if measured else 1
@@ -2743,88 +2781,62 @@ def make_folder(folder: Path) -> None:
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description="Distils a flow-matching teacher into a generator of a few steps (SiD-DiT), and samples from both.",
-        epilog="Names: " + ", ".join(NAMES),
-    )
+    about = "Distils a flow-matching teacher into a generator of a few steps (SiD-DiT), and samples from both."
+    parser = argparse.ArgumentParser(description=about, epilog="Names: " + ", ".join(NAMES))
     parser.error = fail
+    count = number(int, 1)
     add = parser.add_argument
-    add(
-        "--teacher", required=True, metavar="NAME", help="a name (below), a folder in the diffusers layout, or a Hub id"
-    )
+    add("--teacher", required=True, metavar="NAME", help="a name (below), a folder in the diffusers layout or a Hub id")
     add("--student", metavar="FOLDER", help="a student's folder or Hub id: to sample from, or to start training from")
-    add("--steps", type=number(int, 1), help="K of the student (4); with --sample alone, the teacher's own number")
-    add("--resolution", type=number(int, 1), help="pixels a side (what the teacher was trained at)")
-    add(
-        "--guidance",
-        type=number(float),
-        help="classifier-free, of teacher and fake network (4.5; with an embedding of it 1: none)",
-    )
+    add("--steps", type=count, help="K of the student (4); with --sample alone, the teacher's own number")
+    add("--resolution", type=count, help="pixels a side (what the teacher was trained at)")
+    add("--guidance", type=number(float), help="classifier-free, of teacher and fake network (4.5; FLUX 1: none)")
     add("--seed", type=number(int, 0), default=0, help="of prompts, their order and all noise (%(default)s)")
     add("--out", type=Path, help="the run's folder (runs/NAME, runs/NAME-data); with --sample, a picture's name")
     add("--device", choices=("cuda", "mps", "cpu"), help="(the first of these that is there)")
-    add(
-        "--dtype",
-        choices=("bf16", "fp32"),
-        help="of activations, and of weights that are not trained (cuda bf16, else fp32)",
-    )
+    add("--dtype", choices=("bf16", "fp32"), help="of all but the trained weights (cuda bf16, else fp32)")
     add("--random-weights", action="store_true", help="the named teacher at its true size, without a download")
     add("--instruction", type=Path, metavar="FILE", help="SANA: the text that stands before every prompt")
-    add(
-        "--tokens",
-        type=number(int, 1),
-        help="of T5 or Gemma (the pipeline's: 256, 512, 300; the authors train SD3 with 77)",
-    )
+    add("--tokens", type=count, help="of T5 or Gemma (as the pipeline: 256, 512, 300; the authors train SD3 with 77)")
 
-    training = parser.add_argument_group("distillation")
-    add = training.add_argument
+    add = parser.add_argument_group("distillation").add_argument
     add("--prompts", type=Path, metavar="FILE", help="one prompt a line (composed from a small grammar)")
     add("--data", type=Path, metavar="FOLDER", help="images with captions: adds the adversarial term")
-    add("--iters", type=number(int, 1), default=2000, help="(%(default)s)")
-    add("--batch", type=number(int, 1), default=4, help="of each process at a time (%(default)s; the authors' is 256)")
-    add("--accumulate", type=number(int, 1), default=1, help="batches to an iteration (%(default)s)")
-    add("--lora", type=number(int, 1), metavar="RANK", help="train low-rank adapters on one frozen copy of the weights")
+    add("--iters", type=count, default=2000, help="(%(default)s)")
+    add("--batch", type=count, default=4, help="of each process at a time (%(default)s; the authors' is 256)")
+    add("--accumulate", type=count, default=1, help="batches to an iteration (%(default)s)")
+    add("--lora", type=count, metavar="RANK", help="train low-rank adapters on one frozen copy of the weights")
     add("--lr", type=number(float, 1e-12), help="(1e-6, SANA 5e-6; with --lora ten times that)")
     add("--loss", choices=LOSSES, default="sid", help="of the generator (%(default)s)")
     add("--alpha", type=number(float), default=1.0, help="of the SiD loss (%(default)s)")
     add("--weight", choices=WEIGHTS, default="1-t", help="w(t) of the generator's loss (%(default)s)")
     add("--noise", choices=NOISES, default="fresh", help="between the student's steps (%(default)s)")
-    add(
-        "--save-every",
-        type=number(int, 1),
-        default=250,
-        help="iterations between states, students, pictures (%(default)s)",
-    )
+    add("--save-every", type=count, default=250, metavar="N", help="iterations between saves (%(default)s)")
     add("--compile", action="store_true", help="with torch.compile: minutes at the start for faster iterations")
     add("--resume", action="store_true", help="go on where the run in --out was")
-    add(
-        "--evaluate-every",
-        type=number(int, 1),
-        metavar="N",
-        help="measure the student every N iterations, keep the best",
-    )
+    add("--evaluate-every", type=count, metavar="N", help="measure the student every N iterations, keep the best")
 
-    sampling = parser.add_argument_group("sampling")
-    sampling.add_argument("--sample", action="append", metavar="PROMPT", help="draw this; repeat for more")
+    add = parser.add_argument_group("sampling").add_argument
+    add("--sample", action="append", metavar="PROMPT", help="draw this; repeat for more")
 
-    evaluation = parser.add_argument_group("evaluation")
-    add = evaluation.add_argument
+    add = parser.add_argument_group("evaluation").add_argument
     add("--evaluate", action="store_true", help="a table: the teacher's own sampler, --student at 1, 2 and 4 steps")
     add("--reference", default="teacher", metavar="FOLDER", help="of pictures to be like (the teacher's own samples)")
     add("--num", type=number(int, 3 * SEEDS), help=f"pictures, {SEEDS} of a prompt (500; with --evaluate-every 64)")
     add("--clip", default="openai/clip-vit-large-patch14", metavar="NAME", help="a folder or Hub id (%(default)s)")
+
     args = parser.parse_args(argv)
     if args.evaluate and not args.student:
-        parser.error("--evaluate measures a student: give --student FOLDER")
+        fail("--evaluate measures a student: give --student FOLDER")
     if args.evaluate and args.sample:
-        parser.error("--evaluate and --sample together: one at a time")
-    args.training = not (args.sample or args.evaluate)
+        fail("--evaluate and --sample together: one at a time")
     args.words = sys.argv[1:] if argv is None else argv
     return args
 
 
-def prepare(args: argparse.Namespace) -> Teacher:
-    """The teacher, on the device and in the dtype asked for, once it is known to fit. Raises BadInput."""
+def prepare(args: argparse.Namespace, training: bool = False) -> Teacher:
+    """The teacher, on the device and in the dtype asked for, once it is known to fit. Puts into args what was left open.
+    Raises BadInput."""
     there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     args.device = args.device or next(device for device, present in there.items() if present)
     if not there[args.device]:
@@ -2832,12 +2844,12 @@ def prepare(args: argparse.Namespace) -> Teacher:
     join(args.device)
     args.dtype = args.dtype or ("bf16" if args.device == "cuda" else "fp32")
     dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[args.dtype]
-    family, config, autoencoder = describe(args.teacher, args.random_weights)
+    outline = describe(args.teacher, args.random_weights)
     if args.guidance is None:
-        args.guidance = 1.0 if config.get("guidance_embeds") else 4.5
-    args.recompute = weigh(args, family, config, autoencoder, dtype)
+        args.guidance = 1.0 if outline.embeds_guidance else 4.5
+    args.recompute = weigh(args, outline, dtype, training)
     # Networks that processes share go to their devices in parts.
-    shared = args.training and processes()[1] > 1
+    shared = training and processes()[1] > 1
     teacher = load_teacher(args.teacher, "cpu" if shared else args.device, dtype, args.random_weights)
     if shared:
         teacher.weights = next(teacher.vae.to(args.device).parameters())
@@ -2847,47 +2859,32 @@ def prepare(args: argparse.Namespace) -> Teacher:
     return teacher
 
 
-def weigh(args: argparse.Namespace, family: Family, config: dict, autoencoder: nn.Module, dtype: torch.dtype) -> bool:
+def weigh(args: argparse.Namespace, outline: Teacher, dtype: torch.dtype, training: bool) -> bool:
     """Says what memory a run takes, by part, before anything is loaded. Raises BadInput where it is more than there is.
     Returns whether blocks must be recomputed for it to fit."""
-    with torch.device("meta"):
-        net = build(family.backbone, config)
-    count = sum(p.numel() for p in net.parameters())
-    have, world = device_memory(args.device), processes()[1]
-    if not args.training:
-        parts = {"weights": count * dtype.itemsize * (2 if args.student else 1)}
-    else:
-        size = config.get("sample_size") or autoencoder.config.get("sample_size", 1024) // autoencoder.downscale
-        size = args.resolution // autoencoder.downscale if args.resolution else size
-        size = min(max(1, size // net.patch_size), getattr(net, "max_size", size + 1)) * net.patch_size
-        options = {
-            "dtype": dtype,
-            "rank": args.lora or 0,
-            "guidance": args.guidance,
-            "tokens": args.tokens,
-            "world": world,
-        }
-        parts = memory_needed(family, config, (args.batch, autoencoder.latent_channels, size, size), **options)
-    recomputed = parts.pop("recomputed", None)
-    recompute = recomputed is not None and sum(parts.values()) > 0.85 * have  # the rest is for what no formula sees
-    if recompute:
-        parts["activations"] = recomputed
+    count, have = sum(p.numel() for p in outline.dit.parameters()), device_memory(args.device)
+    recompute, parts = False, {"weights": count * dtype.itemsize * (2 if args.student else 1)}
+    if training:
+        shape = (args.batch, *outline.latent_shape(args.resolution or outline.resolution))
+        parts = memory_needed(outline, shape, dtype, args.lora or 0, args.guidance, args.tokens, processes()[1])
+        recomputed = parts.pop("recomputed")
+        recompute = sum(parts.values()) > 0.85 * have  # the rest is for what no formula sees
+        if recompute:
+            parts["activations"] = recomputed
     needed = sum(parts.values())
     where = f"{args.device} has" if args.device == "cuda" else "this machine has"
-    line = f"{args.teacher}, {count / 1e9:.2f} billion weights, takes {needed / 1e9:.1f} GB of memory in {args.dtype}"
-    line += f" ({', '.join(f'{name} {size / 1e9:.1f}' for name, size in parts.items())}"
-    line += ", blocks recomputed)" if recompute else ")"
-    line += f" besides text encoders and autoencoder; {where} {have / 1e9:.1f} GB"
+    said = ", ".join(f"{name} {size / 1e9:.1f}" for name, size in parts.items()) + ", blocks recomputed" * recompute
+    line = f"{args.teacher}, {count / 1e9:.2f} billion weights, takes {needed / 1e9:.1f} GB of memory in {args.dtype} "
+    line += f"({said}) besides text encoders and autoencoder; {where} {have / 1e9:.1f} GB"
     if needed > have:
-        advice = ["more processes", "a smaller teacher"]
-        if args.training:
-            if not args.lora:
-                advice.insert(0, "--lora 16")
-            if args.batch > 1:
-                advice.insert(0, f"--batch 1 --accumulate {args.batch * args.accumulate}")
-        if args.dtype == "fp32":
-            advice.insert(0, "--dtype bf16")
-        raise BadInput(f"{line}: try {', '.join(advice)}")
+        advice = {
+            "--dtype bf16": args.dtype == "fp32",
+            f"--batch 1 --accumulate {args.batch * args.accumulate}": training and args.batch > 1,
+            "--lora 16": training and not args.lora,
+            "more processes": training,
+            "a smaller teacher": True,
+        }
+        raise BadInput(f"{line}: try {', '.join(text for text, helps in advice.items() if helps)}")
     if needed > 2e9 and processes()[0] == 0:
         print(line, file=sys.stderr)
         if args.device == "cpu" and count > 1e9:
@@ -2895,6 +2892,7 @@ def weigh(args: argparse.Namespace, family: Family, config: dict, autoencoder: n
     return recompute
 
 
+@torch.no_grad()
 def sample(args: argparse.Namespace) -> None:
     """--sample: draws prompts with the teacher, or with a student."""
     from PIL import Image, ImageDraw
@@ -2907,67 +2905,34 @@ def sample(args: argparse.Namespace) -> None:
     teacher = prepare(args)
     shape = teacher.latent_shape(args.resolution)
     student = load_student(args.student, teacher) if args.student else None
+    steps = args.steps or (4 if student else teacher.steps)
     cond = teacher.encode_prompts(args.sample, args.tokens)
     uncond = None if student else teacher.encode_prompts([""], args.tokens)
     teacher.forget_text()
-    like = torch.empty(len(args.sample), *shape, device=args.device)
-    z = noise_like(like, torch.Generator().manual_seed(args.seed))
-    pictures = []
+    z = noise_like(torch.empty(len(args.sample), *shape, device=args.device), torch.Generator().manual_seed(args.seed))
+    drawn = []
     for i in range(len(z)):
         rng = torch.Generator().manual_seed(args.seed + 1)
-        one = {key: value[i : i + 1] for key, value in cond.items()}
-        if student is None:
-            x = teacher.sample(z[i : i + 1], one, uncond, args.steps, args.guidance, rng)
+        z_i, one = z[i : i + 1], {key: value[i : i + 1] for key, value in cond.items()}
+        if student:
+            x = generate(student, z_i, one, steps, args.noise, rng=rng)
         else:
-            with torch.no_grad():
-                x = generate(student, z[i : i + 1], one, args.steps or 4, args.noise, rng=rng)
-        pictures.append(teacher.decode(x))
-    steps = args.steps or (4 if student else teacher.steps)
-    name = f"{'student' if student else 'teacher'}, {steps} steps" + (", random weights" if args.random_weights else "")
-    drawn = to_pixels(torch.cat(pictures))
-    for i, pixels in enumerate(drawn):
-        file = out if len(z) == 1 else out.with_stem(f"{out.stem}-{i + 1}")
-        image = Image.fromarray(pixels)
+            x = teacher.sample(z_i, one, uncond, steps, args.guidance, rng)
+        drawn += [*to_pixels(teacher.decode(x))]
+        image = Image.fromarray(drawn[i])
         if args.random_weights:
             ImageDraw.Draw(image).text((4, 4), "random weights", fill="white", stroke_width=1, stroke_fill="black")
+        file = out if len(z) == 1 else out.with_stem(f"{out.stem}-{i + 1}")
         write(file, partial(image.save, format="PNG"))
         print(file)
     if len(z) > 1:
+        name = f"{'student' if student else 'teacher'}, {steps} steps{', random weights' * args.random_weights}"
         draw_samples(out, {name: drawn}, args.sample)
         print(out)
 
 
-def encode_once(
-    args: argparse.Namespace, teacher: Teacher, folder: Path, prompts: list[str], images: list[Path]
-) -> tuple[Cache, Cache | None]:
-    """Conditions and latents on disk, row 0 of the conditions being the empty prompt's; no text encoder in memory."""
-    key = [*teacher.identity(), args.dtype]
-    pictures = None
-    if images:
-
-        def encode(files: list[tuple[Path, int]]) -> dict[str, Tensor]:
-            return {"x_0": teacher.encode(torch.stack([read_image(file, args.resolution) for file, _ in files]))}
-
-        pictures = Cache(
-            folder, "images", [(file, file.stat().st_mtime_ns) for file in images], encode, [*key, args.resolution]
-        )
-    with warnings.catch_warnings(record=True) as caught:
-        texts = Cache(
-            folder,
-            "prompts",
-            ["", *prompts],
-            lambda some: teacher.encode_prompts(some, args.tokens),
-            [*key, args.tokens, teacher.instruction],
-        )
-    teacher.forget_text()
-    if caught and processes()[0] == 0:  # not one warning for every few prompts
-        more = f" (and {len(caught) - 1} more such warnings)" if caught[1:] else ""
-        warnings.warn(f"{caught[0].message}{more}", stacklevel=2)
-    return texts, pictures
-
-
 # What a resumed run may be told otherwise.
-PASSING = ("out", "resume", "iters", "save_every", "device", "recompute", "sample", "words", "training")
+PASSING = ("out", "resume", "iters", "save_every", "device", "recompute", "sample", "words")
 PASSING += ("evaluate", "evaluate_every", "reference", "num", "clip")
 MOST_SKIPPED = 10  # updates in a row
 
@@ -2976,201 +2941,130 @@ def train(args: argparse.Namespace) -> None:
     """Distils the teacher into a student, and shows how it goes."""
     from tqdm import tqdm
 
-    given = copy.copy(args)
+    # What is given, as far as it can be looked at before anything is loaded
+    asked = copy.copy(args)
     out = args.out or Path("runs") / (Path(args.teacher).resolve().name + ("-data" if args.data else ""))
-    if args.data and args.prompts:
-        raise BadInput("--prompts and --data together: with --data the prompts are its captions")
     if args.resume and not (out / "state" / "state.json").is_file():
         raise BadInput(f"--resume: {out} holds no state of a run; leave --resume out to start one")
-    captions = read_captions(args.data) if args.data else {}
-    if args.data:
-        prompts = list(captions.values())
-    elif args.prompts:
-        prompts = read_prompts(args.prompts)
-    else:
-        prompts = compose(min(args.iters * args.batch * args.accumulate, 2048), args.seed)
-    judged, likes, clip = prepare_evaluation(args, prompts, 64) if args.evaluate_every else ([], [], None)
+    prompts, images = read_inputs(args)
+    measure = Measure(args, prompts, 64) if args.evaluate_every else None
+    prompts = prompts or compose(min(args.iters * args.batch * args.accumulate, 2048), args.seed)
     make_folder(out)
-    teacher = prepare(args)
+
+    # The teacher, and what its encoders make of it
+    teacher = prepare(args, training=True)
     rank, world = processes()
-    per_iteration = world * args.accumulate * args.batch
-    total = args.iters * per_iteration
     steps = args.steps = args.steps or 4
-    dtype = teacher.weights.dtype
     shape = (args.batch, *teacher.latent_shape(args.resolution))
     start = load_student(args.student, teacher) if args.student else teacher.dit
+    judged = measure.prompts if measure else []
+    texts, latents = encode_once(args, teacher, out / "cache", [*prompts, *judged], images)
+    uncond = texts[[""]]
 
-    if world > 1 and rank > 0:
-        torch.distributed.barrier()  # the first process encodes, the others find it done
-    texts, pictures = encode_once(args, teacher, out / "cache", [*prompts, *judged], list(captions))
-    if world > 1 and rank == 0:
-        torch.distributed.barrier()
+    # Three networks, two optimisers
+    torch.manual_seed(args.seed)  # of the adapters
+    student, fake = three_networks(teacher, start, args.lora, args.device, args.recompute, args.compile)
+    del start  # where processes share the networks, none keeps a whole one
+    args.lr = args.lr or (5e-6 if teacher.family.kind == "sana" else 1e-6) * (10 if args.lora else 1)
+    adam = {"lr": args.lr, "betas": (0.0, 0.999), "eps": 1e-8, "fused": args.device != "mps"}
+    optimizers = tuple(torch.optim.Adam(trained(net), **adam) for net in (student, fake))
 
-    # Three networks: copies of the teacher, or adapters on its very weights. What is trained is float32, because bf16
-    # rounds away updates of 1e-5 and less.
-    if args.lora:
-        torch.manual_seed(args.seed)
-        student, fake = adapt(start, args.lora), adapt(teacher.dit, args.lora)
-    elif world > 1:
-        student, fake = start, teacher.dit  # which are copied as they are dealt out
-    else:
-        student, fake = copy.deepcopy(start), copy.deepcopy(teacher.dit)
-    if world > 1:
-        whole = {"teacher": teacher.dit, "student": student, "fake": fake}
-        nets = [
-            shard(
-                net,
-                args.device,
-                None if role == "teacher" else torch.float32,
-                dtype if dtype != torch.float32 else None,
-            )
-            for role, net in whole.items()
-        ]
-        teacher.dit, student, fake = nets
-        del whole
-    else:
-        for net in (student, fake):
-            for w in trained(net):
-                w.data = w.data.float()
-            compute_in(net, args.device, dtype)
-    for net in (teacher.dit, student, fake):
-        if args.recompute:
-            recompute_blocks(net)
-        if args.compile:
-            compile_blocks(net)
-    as_student(student)
+    # The state of the run: these, and two sources of random numbers
+    order, rng = shared_generator("cpu", args.seed), shared_generator(args.device, args.seed)
+    state = {"student": student, "fake": fake}, optimizers, {"order": order, "noise": rng}
+    settings = {key: value for key, value in vars(args).items() if key not in PASSING}
+    settings = json.loads(json.dumps(settings, default=str))
+    first, log = 0, []
+    if args.resume:
+        first = load_state(out / "state", settings, *state)
+        log = read_log(out / "log.jsonl", first)
 
-    def on_device(rows: dict[str, Tensor]) -> dict[str, Tensor]:
-        return {name: x.to(args.device) for name, x in rows.items()}
+    # What is shown of it: four prompts from the same noise, by the teacher's sampler and by the student
+    shown, note = prompts[:4], " (random weights)" if args.random_weights else ""
+    picture_rng = torch.Generator().manual_seed(args.seed)
+    z, cond = noise_like(torch.empty(len(shown), *shape[1:], device=args.device), picture_rng), texts[shown]
+    if measure:
+        measure.open(teacher, texts)
+    with visiting(args.device, teacher.vae):
+        theirs = teacher.decode(teacher.sample(z, cond, uncond, guidance=args.guidance, rng=picture_rng))
+    pictures = {f"teacher, {teacher.steps} steps": to_pixels(theirs)}
+    if rank == 0:
+        write_json(out / "args.json", vars(args))
+        write(out / "log.jsonl", lambda file: file.write_text("".join(json.dumps(row) + "\n" for row in log)))
 
-    def shared_generator(device: str) -> SharedGenerator:
-        rng = SharedGenerator(device)
-        rng.rank, rng.world = rank, world
-        return rng.manual_seed(args.seed)
-
-    order, rng = shared_generator("cpu"), shared_generator(args.device)
+    def save(done: int) -> None:
+        picture_rng = torch.Generator().manual_seed(args.seed + 1)
+        with visiting(args.device, teacher.vae), torch.no_grad():
+            ours = teacher.decode(generate(student, z, cond, steps, args.noise, rng=picture_rng))
+        seen = f"{done * each:,} images"
+        if not ours.isfinite().all():
+            fail(f"diverged after {seen}: try a smaller --lr; {out} has what was saved before", status=1)
+        if rank == 0:
+            pictures[f"student, {steps} step{'s' * (steps > 1)}"] = to_pixels(ours)
+            title = f"{Path(args.teacher).name}{note}, the student after {seen}"
+            draw_samples(out / f"samples-{done:06d}.png", pictures, shown, title)
+            draw_losses(out / "loss.png", log)
+        save_student(student, teacher, out / "student")
+        save_state(out / "state", done, settings, *state)
 
     def batches() -> Iterator[tuple[dict, Tensor | None]]:
         while True:
             u = draw(torch.rand, (args.batch,), order, dtype=torch.float64)
             picks = (u * len(prompts)).long().tolist()
-            real = on_device(pictures[picks])["x_0"] if args.data else None
-            yield on_device(texts[[1 + i for i in picks]]), real
+            real = latents[[images[i] for i in picks]]["x_0"] if images else None
+            yield texts[[prompts[i] for i in picks]], real
 
-    args.lr = args.lr or (5e-6 if teacher.family.kind == "sana" else 1e-6) * (10 if args.lora else 1)
-    settings = {"lr": args.lr, "betas": (0.0, 0.999), "eps": 1e-8, "fused": args.device != "mps"}
-    optimizers = tuple(torch.optim.Adam(trained(net), **settings) for net in (student, fake))
-    record = {key: value for key, value in vars(args).items() if key not in PASSING}
-    record = json.loads(json.dumps(record, default=str))
-    state = {"student": student, "fake": fake}, optimizers, {"order": order, "noise": rng}
-    first, log = 0, []
-    if args.resume:
-        first = load_state(out / "state", record, *state)
-        log = read_log(out / "log.jsonl", first)
-    uncond = on_device(texts[[0]])
-    shown = prompts[:4]
-    cond = on_device(texts[list(range(1, 1 + len(shown)))])
-    picture_rng = torch.Generator().manual_seed(args.seed)
-    z = noise_like(torch.empty(len(shown), *shape[1:], device=args.device), picture_rng)
-
-    def decode(x: Tensor) -> Tensor:
-        with visiting(args.device, teacher.vae):
-            return teacher.decode(x)
-
-    evaluation_seconds, begun, measure = 0.0, time.perf_counter(), None
-    if judged:
-        with visiting(args.device, teacher.vae, clip.net):
-            place = 1 + len(prompts)
-            panel = Panel(teacher, clip, judged, lambda i: on_device(texts[[place + i]]), shape[1:], args.device)
-            measure = measure_against(args, panel, likes, uncond)
-        evaluation_seconds = time.perf_counter() - begun
-    best = min((row["scores"]["cmmd"][0] for row in log if "scores" in row), default=math.inf)
-
-    theirs = to_pixels(decode(teacher.sample(z, cond, uncond, guidance=args.guidance, rng=picture_rng)))
-    note = " (random weights)" if args.random_weights else ""
-    if rank == 0:
-        write(out / "args.json", lambda file: file.write_text(json.dumps(vars(args), indent=2, default=str) + "\n"))
-        write(out / "log.jsonl", lambda file: file.write_text("".join(json.dumps(row) + "\n" for row in log)))
-
-    def checkpoint(done: int) -> None:
-        images, picture_rng = done * per_iteration, torch.Generator().manual_seed(args.seed + 1)
-        with torch.no_grad():
-            ours = decode(generate(student, z, cond, steps, args.noise, rng=picture_rng))
-        if not ours.isfinite().all():
-            fail(f"diverged after {images:,} images: try a smaller --lr; {out} has what was saved before", status=1)
-        if rank == 0:
-            rows = {f"teacher, {teacher.steps} steps": theirs}
-            rows[f"student, {steps} step{'s' * (steps > 1)}"] = to_pixels(ours)
-            file = out / f"samples-{done:06d}.png"
-            draw_samples(file, rows, shown, f"{Path(args.teacher).name}{note}, the student after {images:,} images")
-            draw_losses(out / "loss.png", log)
-        save_student(student, teacher, out / "student")
-        save_state(out / "state", done, record, *state)
-
-    waiting: list[dict] = []
-    settings = {"loss": args.loss, "alpha": args.alpha, "weight": args.weight, "noise": args.noise, "start": first}
-    settings |= {"guidance": args.guidance, "uncond": uncond, "steps": steps, "iters": args.iters}
+    each = world * args.accumulate * args.batch  # images of an iteration
+    total = args.iters * each
+    options = {"steps": steps, "guidance": args.guidance, "uncond": uncond, "start": first, "rng": rng}
+    options |= {key: getattr(args, key) for key in ("loss", "alpha", "weight", "noise", "iters", "accumulate")}
     # The authors' waiting times of the adversarial term, for runs as long as theirs; shorter ones wait a tenth, a fifth.
-    settings |= {
-        "warmup": (min(20_000, total // 10), min(40_000, total // 5)),
-        "accumulate": args.accumulate,
-        "rng": rng,
-    }
-    launch = ["torchrun", f"--nproc_per_node={world}"] if world > 1 else ["python"]
-    again = shlex.join([*launch, "sid_fm.py", *given.words, *["--resume"] * (not args.resume)])
-    bar = tqdm(
-        total=total, initial=first * per_iteration, unit=" images", unit_scale=True, desc=out.name, disable=rank > 0
-    )
+    options["warmup"] = (min(20_000, total // 10), min(40_000, total // 5))
+    waiting: list[dict] = []  # measurements that are still on the device
+    bar = tqdm(total=total, initial=first * each, unit=" images", unit_scale=True, desc=out.name, disable=rank > 0)
     with signals() as stop, bar:
-        for measured in distill(teacher.dit, student, fake, optimizers, batches(), shape, **settings):
-            waiting.append(measured)
+        for measured in distill(teacher.dit, student, fake, optimizers, batches(), shape, **options):
             done = measured["iteration"] + 1
-            if measure and (done % args.evaluate_every == 0 or done == args.iters):
-                start_of_it = time.perf_counter()
-                with visiting(args.device, teacher.vae, clip.net):
-                    measured["scores"], *_ = measure(few_step(student, steps, args.noise), "evaluation")
-                if measured["scores"]["cmmd"][0] < best:
-                    best = measured["scores"]["cmmd"][0]
+            last = done == args.iters
+            if measure and (last or done % args.evaluate_every == 0):
+                measured["scores"], *_ = measure(few_step(student, steps, args.noise), "evaluation")
+                if measured["scores"]["cmmd"][0] < min(cmmds([*log, *waiting]), default=math.inf):
                     save_student(student, teacher, out / "student-best")
-                evaluation_seconds += time.perf_counter() - start_of_it
-            save = done % args.save_every == 0 or done == args.iters
+            waiting.append(measured)
+            bar.update(each)
+            saves = last or done % args.save_every == 0
             # Reading the measurements waits for the device, so that is done seldom.
-            if len(waiting) == 10 or save or (stop and world == 1):
-                log += read_measurements(waiting, out / "log.jsonl")
-                waiting.clear()
-                recent = [row["fisher"] for row in log[-10:] if row["fisher"] is not None]
-                bar.set_postfix_str(say_progress(log, recent), refresh=False)
-                if skipped_in_a_row(log) >= MOST_SKIPPED:
-                    bar.close()
-                    fail(
-                        f"diverged: {MOST_SKIPPED} updates in a row, up to iteration {done}, had no finite gradient and "
-                        f"were skipped; try a smaller --lr; {out} has what was saved before",
-                        status=1,
-                    )
-                halt = torch.tensor(stop[-1] if stop else 0, device=args.device)
-                if world > 1:
-                    torch.distributed.all_reduce(halt, torch.distributed.ReduceOp.MAX)
-                if halt and not save:
-                    save_state(out / "state", done, record, *state)
-            else:
-                halt = 0
-            bar.update(per_iteration)
-            if save:
-                checkpoint(done)
-            if halt and done < args.iters:
+            if not (len(waiting) == 10 or saves or (stop and world == 1)):
+                continue
+            log += read_measurements(waiting, out / "log.jsonl")
+            waiting.clear()
+            bar.set_postfix_str(say_progress(log), refresh=False)
+            if len(log) >= MOST_SKIPPED and all(row["skipped"] for row in log[-MOST_SKIPPED:]):
                 bar.close()
+                said = f"{MOST_SKIPPED} updates in a row, up to iteration {done}, were skipped: no finite gradient"
+                fail(f"diverged: {said}; try a smaller --lr; {out} has what was saved before", status=1)
+            halt = torch.tensor(stop[-1] if stop else 0, device=args.device)
+            if world > 1:
+                torch.distributed.all_reduce(halt, torch.distributed.ReduceOp.MAX)
+            if saves:
+                save(done)
+            elif halt:
+                save_state(out / "state", done, settings, *state)
+            if halt and not last:
+                bar.close()
+                launch = ["torchrun", f"--nproc_per_node={world}"] if world > 1 else ["python"]
+                again = shlex.join([*launch, "sid_fm.py", *asked.words, *["--resume"] * (not args.resume)])
                 fail(f"stopped after iteration {done}, which is saved. To go on:\n{again}", status=128 + int(halt))
     if rank > 0:
         return
-    if judged:
-        share = evaluation_seconds / (time.perf_counter() - begun)
-        print(
-            f"{out / 'student-best'}: CMMD {best:.3g} on {len(judged)} prompts; evaluation took {share:.0%} of the time"
-        )
+    if measure:
+        best = min(cmmds(log), default=math.inf)
+        said = f"CMMD {best:.3g} on {len(judged)} prompts; evaluation took {measure.share():.0%} of the time"
+        print(f"{out / 'student-best'}: {said}")
     command = ["python", "sid_fm.py", "--teacher", args.teacher, "--student", str(out / "student")]
     for name in ("steps", "resolution", "device", "dtype", "tokens", "noise", "instruction"):
-        if getattr(given, name) not in (None, "fresh"):
-            command += [f"--{name}", str(getattr(given, name))]
+        if getattr(asked, name) not in (None, "fresh"):
+            command += [f"--{name}", str(getattr(asked, name))]
     command += [*["--random-weights"] * args.random_weights, "--sample", shown[0]]
     print(f"{out}: samples-*.png, loss.png and the student. To sample from it:\n{shlex.join(command)}")
 
@@ -3182,11 +3076,8 @@ def read_measurements(waiting: list[dict], file: Path) -> list[dict]:
     rank, world = processes()
     if world > 1:
         torch.distributed.all_reduce(values)
-        values = values / world
-    rows = [
-        row | {name: x if math.isfinite(x) else None for name, x in zip(names, line)}
-        for row, line in zip(waiting, values.tolist())
-    ]
+    numbers = [[x if math.isfinite(x) else None for x in line] for line in (values / world).tolist()]
+    rows = [row | dict(zip(names, line)) for row, line in zip(waiting, numbers)]
     if rank == 0:
         with open(file, "a", encoding="utf-8") as log:
             log.writelines(json.dumps(row) + "\n" for row in rows)
@@ -3204,117 +3095,109 @@ def read_log(file: Path, iterations: int) -> list[dict]:
     return [row for row in rows if row["iteration"] < iterations]
 
 
-def skipped_in_a_row(log: list[dict]) -> int:
-    """The longest run of skipped updates among those just read and the ones before."""
-    longest = here = 0
-    for row in log[-2 * MOST_SKIPPED :]:
-        here = here + 1 if row["skipped"] else 0
-        longest = max(longest, here)
-    return longest
+def cmmds(rows: list[dict]) -> list[float]:
+    """Those that were measured."""
+    return [row["scores"]["cmmd"][0] for row in rows if "scores" in row]
 
 
-def say_progress(log: list[dict], recent: list[float]) -> str:
-    skipped = sum(bool(row["skipped"]) for row in log)
+def say_progress(log: list[dict]) -> str:
+    recent = [row["fisher"] for row in log[-10:] if row["fisher"] is not None]
     fisher = f"Fisher estimate {sum(recent) / len(recent):.3g}" if recent else "no finite Fisher estimate"
-    cmmd = [f"CMMD {row['scores']['cmmd'][0]:.3g}" for row in log if "scores" in row][-1:]
-    return ", ".join([fisher, *cmmd, *[f"{skipped} skipped"] * bool(skipped)])
+    skipped = sum(bool(row["skipped"]) for row in log)
+    said = [fisher, *(f"CMMD {x:.3g}" for x in cmmds(log)[-1:]), *[f"{skipped} skipped"] * bool(skipped)]
+    return ", ".join(said)
 
 
-MEASURES = {"clip": "CLIP score", "cmmd": "CMMD to the reference", "diversity": "diversity"}
+class Measure:
+    """What --evaluate and --evaluate-every measure with, made before anything else is loaded: the prompts (the first of
+    those given, else composed ones), the pictures of the reference (none: the teacher's own samples) and CLIP. Raises
+    BadInput. Once it is open, measure(sampler, title) -> scores, a picture of each prompt, seconds a picture.
+    """
 
-
-def prepare_evaluation(args: argparse.Namespace, given: list[str] | None, pictures: int) -> tuple[list, list, CLIP]:
-    """The prompts that are measured (the first of those given, else composed), the pictures of the reference (none: the
-    teacher's samples) and CLIP, before anything else is loaded. Raises BadInput."""
-    count = -(-(args.num or pictures) // SEEDS)
-    prompts = [*dict.fromkeys(given)][:count] if args.prompts or args.data else compose(count, args.seed + 1)
-    if len(prompts) < 3:
-        raise BadInput(f"an evaluation needs 3 prompts or more, not {len(prompts)}")
-    likes = []
-    if args.reference != "teacher":
-        likes = pictures_in(Path(args.reference))
-        if len(likes) < 3:
+    def __init__(self, args: argparse.Namespace, given: list[str], pictures: int):
+        count = -(-(args.num or pictures) // SEEDS)
+        self.args, self.prompts = args, [*dict.fromkeys(given)][:count] or compose(count, args.seed + 1)
+        if len(self.prompts) < 3:
+            raise BadInput(f"an evaluation needs 3 prompts or more, not {len(self.prompts)}")
+        self.likes = [] if args.reference == "teacher" else pictures_in(Path(args.reference))
+        if args.reference != "teacher" and len(self.likes) < 3:
             raise BadInput(f"--reference {args.reference} is no folder of 3 images or more (png, jpg, webp)")
-    try:
-        return prompts, likes, CLIP(args.clip)
-    except BadInput as error:
-        raise BadInput(f"{error}, or give --clip the folder of a CLIP model") from None
+        try:
+            self.clip = CLIP(args.clip)
+        except BadInput as error:
+            raise BadInput(f"{error}, or give --clip the folder of a CLIP model") from None
+
+    def open(self, teacher: Teacher, texts: Cache) -> None:
+        """Draws or reads the reference."""
+        from tqdm import tqdm
+
+        args, self.begun, self.seconds = self.args, time.perf_counter(), 0.0
+        self.own_sampler = partial(teacher.sample, uncond=texts[[""]], guidance=args.guidance)
+        shape = teacher.latent_shape(args.resolution)
+        with self.visit(teacher):
+            self.panel = Panel(teacher, self.clip, self.prompts, lambda i: texts[[self.prompts[i]]], shape, args.device)
+            if self.likes:
+                with tqdm(self.likes, desc="reference", unit=" images", leave=False, disable=processes()[0] > 0) as bar:
+                    self.reference = torch.stack([self.clip.embed([read_pixels(file)]) for file in bar])
+            else:  # with other noise than those that are measured
+                self.reference, *_ = self.panel.draw(self.own_sampler, args.seed + 1, "reference")
+
+    @contextlib.contextmanager
+    def visit(self, teacher: Teacher) -> Iterator[None]:
+        start = time.perf_counter()
+        with visiting(self.args.device, teacher.vae, self.clip.net):
+            yield
+        self.seconds += time.perf_counter() - start
+
+    def __call__(self, sampler: Callable, title: str) -> tuple[dict, list, float]:
+        with self.visit(self.panel.teacher):
+            x, shown, seconds = self.panel.draw(sampler, self.args.seed, title)
+            return scores(x, self.panel.texts, self.reference, paired=not self.likes), shown, seconds
+
+    def share(self) -> float:
+        """Of the time since it was opened."""
+        return self.seconds / (time.perf_counter() - self.begun)
 
 
 def few_step(net: nn.Module, steps: int, noise: str) -> Callable:
     """A student as what Panel.draw takes."""
-    return lambda z, cond, rng: generate(net, z, cond, steps, noise, rng=rng)
-
-
-def own_sampler(args: argparse.Namespace, teacher: Teacher, uncond: dict) -> Callable:
-    """The teacher's own as what Panel.draw takes."""
-    return lambda z, cond, rng: teacher.sample(z, cond, uncond, guidance=args.guidance, rng=rng)
-
-
-def measure_against(args: argparse.Namespace, panel: Panel, likes: list[Path], uncond: dict) -> Callable:
-    """Draws or reads the reference. Returns measure(sampler, title) -> scores, pictures, seconds a picture."""
-    from tqdm import tqdm
-
-    if likes:
-        with tqdm(likes, desc="reference", unit=" images", leave=False, disable=processes()[0] > 0) as bar:
-            reference = torch.stack([panel.clip.embed([read_pixels(file)]) for file in bar])
-    else:  # with other noise than those that are measured
-        reference, *_ = panel.draw(own_sampler(args, panel.teacher, uncond), args.seed + 1, "reference")
-
-    def measure(sampler: Callable, title: str) -> tuple[dict, list, float]:
-        x, shown, seconds = panel.draw(sampler, args.seed, title)
-        return scores(x, panel.texts, reference, paired=not likes), shown, seconds
-
-    return measure
+    return partial(generate, net, steps=steps, noise=noise)
 
 
 def evaluate(args: argparse.Namespace) -> None:
     """--evaluate: measures the teacher's own sampler, and a student at 1, 2, 4 steps."""
     out = args.out or Path("runs") / f"{Path(args.teacher).resolve().name}-evaluation"
-    prompts, likes, clip = prepare_evaluation(args, read_prompts(args.prompts) if args.prompts else None, 500)
+    measure = Measure(args, read_inputs(args)[0], 500)
     make_folder(out)
     teacher = prepare(args)
-    rank, world = processes()
-    shape = teacher.latent_shape(args.resolution)
     student = load_student(args.student, teacher)
-    if rank > 0:
-        torch.distributed.barrier()  # the first process encodes, the others find it done
-    texts, _ = encode_once(args, teacher, out / "cache", prompts, [])
-    if world > 1 and rank == 0:
-        torch.distributed.barrier()
-
-    def cond_of(i: int) -> dict[str, Tensor]:
-        return {name: x.to(args.device) for name, x in texts[[i]].items()}
-
-    clip.net.to(args.device)
-    panel, uncond = Panel(teacher, clip, prompts, lambda i: cond_of(1 + i), shape, args.device), cond_of(0)
-    measure = measure_against(args, panel, likes, uncond)
-    samplers = {("teacher", teacher.steps): own_sampler(args, teacher, uncond)}
+    prompts, (rank, world) = measure.prompts, processes()
+    texts, _ = encode_once(args, teacher, out / "cache", prompts)
+    measure.open(teacher, texts)
+    samplers = {("teacher", teacher.steps): measure.own_sampler}
     samplers |= {("student", n): few_step(student, n, args.noise) for n in sorted({1, 2, 4, args.steps or 4})}
-    rows, drawn = [], {}
+    rows, drawn, cuda = [], {}, args.device == "cuda"
     for (name, n), sampler in samplers.items():
-        if args.device == "cuda":
+        if cuda:
             torch.cuda.reset_peak_memory_stats()
         found, shown, seconds = measure(sampler, f"{name}, {n} steps")
-        peak = torch.cuda.max_memory_allocated() if args.device == "cuda" else None
+        peak = torch.cuda.max_memory_allocated() if cuda else None
         rows.append({"model": name, "steps": n, **found, "seconds": seconds, "peak_bytes": peak})
         drawn[f"{name}, {n} step{'s' * (n > 1)}"] = shown[:4]
     if rank > 0:
         return
-    reference = f"pictures of {args.reference}" if likes else "teacher's own samples of the same prompts, other noise"
-    print(
-        f"{SEEDS * len(prompts)} pictures a row, {SEEDS} of a prompt; reference: the {reference}. +-: standard errors"
-    )
+    like = f"pictures of {args.reference}" if measure.likes else "teacher's own samples from other noise"
+    count = f"{SEEDS * len(prompts)} pictures a row, {SEEDS} of a prompt"
+    print(f"{count}; reference: the {like}. +-: standard errors")
     print(f"{'':8}  steps {'CLIP score':>17} {'CMMD':>17} {'diversity':>17}  s / picture  peak GB")
     for row in rows:
         line = "".join(f" {row[key][0]:>8.4f} +-{row[key][1]:6.4f}" for key in MEASURES)
-        peak = "" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 1e9:.1f}"
+        peak = f"{row['peak_bytes'] / 1e9:.1f}" if cuda else ""
         print(f"{row['model']:8} {row['steps']:6} {line} {row['seconds']:12.3f} {peak:>8}")
-    notes = {"args": {key: x for key, x in vars(args).items() if key != "words"}, "prompts": len(prompts), "rows": rows}
-    text = json.dumps(notes | {"seeds": SEEDS, "torch": torch.__version__}, indent=2, default=str) + "\n"
-    write(out / "metrics.json", lambda file: file.write_text(text, encoding="utf-8"))
+    notes = {"args": vars(args), "prompts": len(prompts), "rows": rows, "seeds": SEEDS, "torch": torch.__version__}
+    write_json(out / "metrics.json", notes)
     title = f"{Path(args.teacher).name}{' (random weights)' * args.random_weights}: the same prompts and noise"
-    draw_samples(out / "samples.png", drawn, prompts[:4] if world == 1 else prompts[::world][:4], title)
+    draw_samples(out / "samples.png", drawn, prompts[::world][:4], title)
     print(f"{out}: metrics.json, samples.png")
 
 

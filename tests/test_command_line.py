@@ -1,6 +1,7 @@
 """Chapter 10 of sid_fm.py: whole runs from pipeline folders, pictures, and what happens when something is wrong."""
 
 import functools
+import gc
 import json
 import math
 import os
@@ -180,6 +181,19 @@ def test_a_student_trains_on(pipeline, student, run, untrained, tmp_path):
     assert len({next(net.parameters()).data_ptr() for net in nets}) == 3
 
 
+def test_three_networks_are_all_that_a_run_keeps(pipeline, student, run, untrained, monkeypatch, tmp_path):
+    """Where training starts from a student too."""
+
+    def networks():
+        gc.collect()
+        return sum(type(x) is sid_fm.MMDiT for x in gc.get_objects())
+
+    before, alive = networks(), []
+    monkeypatch.setattr(sid_fm, "distill", lambda *_, **__: alive.append(networks() - before) or iter(()))
+    run(pipeline("sd3-medium"), "--student", student, *SHORT, "--out", tmp_path / "run")
+    assert alive == [3]
+
+
 def test_flux_is_guided_by_its_embedding(pipeline, run, untrained, tmp_path):
     """3.5 in teacher and fake network, 1 in the student, and no classifier-free guidance unless asked for."""
     student = pipeline("flux-dev") / "transformer"
@@ -325,9 +339,9 @@ def test_a_killed_encoding_goes_on_where_it_was(pipeline, run, untrained, monkey
 def test_the_cache_holds_what_the_encoders_say(pipeline, tmp_path, monkeypatch):
     monkeypatch.setattr(sid_fm, "BATCH", 3)
     teacher = sid_fm.load_teacher(pipeline("flux-dev"))
-    cache = sid_fm.Cache(tmp_path, "prompts", PROMPTS, lambda some: teacher.encode_prompts(some, 16), ["key"])
-    picks = [4, 0, 0, 3]
-    expected = teacher.encode_prompts([PROMPTS[i] for i in picks], 16)
+    cache = sid_fm.Cache(tmp_path, PROMPTS, lambda some: teacher.encode_prompts(some, 16), ["key"])
+    picks = [PROMPTS[i] for i in (4, 0, 0, 3)]
+    expected = teacher.encode_prompts(picks, 16)
     for name, rows in cache[picks].items():
         assert torch.allclose(rows, expected[name], atol=1e-6)
 

@@ -227,6 +227,20 @@ def test_evaluate_prints_a_table_and_draws_it(command, pipeline, files, tmp_path
         assert min(image.size) > 300
 
 
+def test_prompts_are_those_given_or_composed(command, pipeline, files, tmp_path, monkeypatch):
+    """From a file, from the captions of --data, else from the grammar."""
+    seen = []
+    monkeypatch.setattr(sid_fm.Panel, "draw", lambda self, *of: seen.append(self.prompts) or 1 / 0)
+    for i in range(4):
+        (files / "like" / f"{i}.txt").write_text(f"picture {i}\n")
+    fixed = command("--student", pipeline("sana") / "transformer", "--evaluate", "--num", 12, "--out", tmp_path)
+    rest = [word for i, word in enumerate(fixed) if "--prompts" not in fixed[max(0, i - 1) : i + 1]]
+    for arguments in (fixed, [*rest, "--data", str(files / "like")], rest):
+        with pytest.raises(ZeroDivisionError):
+            sid_fm.main(arguments)
+    assert seen == [PROMPTS[:3], ["picture 0", "picture 1", "picture 2"], sid_fm.compose(3, 1)]
+
+
 def test_a_student_s_row_is_its_own(command, pipeline, tmp_path):
     """What is measured is the student, on the noise and prompts that the teacher's row has."""
     arguments = ("--student", pipeline("sana") / "transformer", "--evaluate", "--num", 12)

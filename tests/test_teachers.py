@@ -233,7 +233,8 @@ def test_true_size(name):
     shapes = {key: value.shape for key, value in net.state_dict().items()}
     assert shapes == {key: value.shape for key, value in oracle.state_dict().items()}
     assert round(sum(p.numel() for p in net.parameters()) / 1e9, 2) == BILLIONS[name]
-    assert sid_fm.describe(name)[:2] == (family, config)
+    described = sid_fm.describe(name)
+    assert (described.family, described.dit.config) == (family, config)
     ignored = {"_class_name", "_diffusers_version", "_use_default_values", "_name_or_path"}
     written = {key: value for key, value in oracle.config.items() if key not in ignored and key in config}
     assert {key: config[key] for key in written} == written
