@@ -46,7 +46,7 @@ import warnings
 import zlib
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import cached_property, partial
+from functools import cached_property, lru_cache, partial
 from pathlib import Path
 from typing import ClassVar, NamedTuple, NoReturn
 
@@ -1809,7 +1809,7 @@ class Teacher:
     def encode_prompts(self, prompts: list[str], max_length: int | None = None) -> dict[str, Tensor]:
         """Prompts to cond (chapter 6 gives shapes), on the teacher's device. max_length: of T5's or Gemma's tokens."""
         if self.folder is None:
-            return random_conditions(self.family, prompts, self.weights)
+            return random_conditions(self.family, prompts, self.weights, max_length)
         if self.text is None:
             device, dtype = self.weights.device, self.weights.dtype
             self.text = TextEncoders(self.folder, self.family.kind, device, dtype, self.instruction)
@@ -1913,9 +1913,15 @@ class Teacher:
         return self.vae.latent_channels, *(n // self.vae.downscale for n in size)
 
 
-def random_conditions(family: Family, prompts: list[str], like: Tensor) -> dict[str, Tensor]:
+def condition_shapes(family: Family, tokens: int | None = None) -> dict[str, tuple[int, ...]]:
+    """Of one prompt's conditions, with so many tokens of T5 or Gemma."""
+    longer = tokens - TEXT_LENGTH[family.kind] if tokens else 0
+    return {name: (n + longer * (name != "pooled"), *rest) for name, (n, *rest) in family.conditions.items()}
+
+
+def random_conditions(family: Family, prompts: list[str], like: Tensor, tokens: int | None = None) -> dict[str, Tensor]:
     """What stands for prompts where there is no text encoder: noise of the right shapes, the same for the same prompt."""
-    shapes, rows = family.conditions, []
+    shapes, rows = condition_shapes(family, tokens), []
     for prompt in prompts:
         rng = torch.Generator().manual_seed(zlib.crc32(prompt.encode()))
         rows.append({key: torch.randn(shape, generator=rng) for key, shape in shapes.items() if key != "mask"})
@@ -2168,18 +2174,19 @@ def memory_needed(
     guidance: float = 1.0,
     tokens: int | None = None,
     world: int = 1,
+    copies: int = 1,
 ) -> dict[str, float]:
     """Bytes by part that distillation takes on each device: weights (three networks, the teacher in dtype, what is trained
     in float32), gradients (of one network at a time), Adam's moments (of two), and the activations of the generator's
-    update, "recomputed" as far as recompute_blocks leaves them. teacher: as described. shape: of a batch of latents."""
+    update, "recomputed" as far as recompute_blocks leaves them. teacher: as described. shape: of a batch of latents.
+    copies: how often the frozen weights are held."""
     config = teacher.dit.config
     with torch.device("meta"):
         net = build(teacher.family.backbone, config).to(dtype)
         size = sum(p.numel() for p in net.parameters())
         count = sum(p.numel() for p in trained(adapt(net, rank) if rank else net))
     width = config.get("joint_attention_dim") or config["caption_channels"]
-    longer = tokens - TEXT_LENGTH[teacher.family.kind] if tokens else 0
-    sizes = {name: (n + longer, *[width] * len(rest)) for name, (n, *rest) in teacher.family.conditions.items()}
+    sizes = {name: (n, *[width] * len(rest)) for name, (n, *rest) in condition_shapes(teacher.family, tokens).items()}
     if "pooled" in sizes:
         sizes["pooled"] = (config["pooled_projection_dim"],)
     activations = [0, 0]
@@ -2189,7 +2196,7 @@ def memory_needed(
         x_t = torch.empty(rows, *shape[1:], device="meta")
         activations = [a + b for a, b in zip(activations, kept_by_autograd(net.requires_grad_(weights_too), x_t, cond))]
     return {
-        "weights": (size * dtype.itemsize + 2 * count * 4) / world,
+        "weights": (copies * size * dtype.itemsize + 2 * count * 4) / world,
         "gradients": count * 4 / world,
         "optimiser": 2 * count * 8 / world,
         "activations": float(activations[0]),
@@ -2571,6 +2578,17 @@ def read_inputs(args: argparse.Namespace) -> tuple[list[str], list[tuple[Path, i
     return [*captions.values()], [(image, image.stat().st_mtime_ns) for image in captions]
 
 
+@lru_cache(maxsize=2)
+def shuffled(total: int, key: str) -> list[int]:
+    return random.Random(key).sample(range(total), total)
+
+
+def taken(first: int, count: int, total: int, seed: int) -> list[int]:
+    """Which of `total` items come at places first, first + 1, ... of a run: each once a round, in an order that seed and
+    round fix, whatever the number of processes."""
+    return [shuffled(total, f"{seed} {place // total}")[place % total] for place in range(first, first + count)]
+
+
 def read_captions(folder: Path) -> dict[Path, str]:
     """Images of a folder with their captions: from metadata.jsonl (file_name, text), else same-named .txt files.
     Raises BadInput."""
@@ -2803,8 +2821,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--prompts", type=Path, metavar="FILE", help="one prompt a line (composed from a small grammar)")
     add("--data", type=Path, metavar="FOLDER", help="images with captions: adds the adversarial term")
     add("--iters", type=count, default=2000, help="(%(default)s)")
-    add("--batch", type=count, default=4, help="of each process at a time (%(default)s; the authors' is 256)")
-    add("--accumulate", type=count, default=1, help="batches to an iteration (%(default)s)")
+    add("--batch", type=count, default=1, help="images of each process at a time (%(default)s)")
+    add("--accumulate", type=count, default=4, help="batches of an iteration (%(default)s; the authors' 256 images)")
     add("--lora", type=count, metavar="RANK", help="train low-rank adapters on one frozen copy of the weights")
     add("--lr", type=number(float, 1e-12), help="(1e-6, SANA 5e-6; with --lora ten times that)")
     add("--loss", choices=LOSSES, default="sid", help="of the generator (%(default)s)")
@@ -2866,7 +2884,10 @@ def weigh(args: argparse.Namespace, outline: Teacher, dtype: torch.dtype, traini
     recompute, parts = False, {"weights": count * dtype.itemsize * (2 if args.student else 1)}
     if training:
         shape = (args.batch, *outline.latent_shape(args.resolution or outline.resolution))
-        parts = memory_needed(outline, shape, dtype, args.lora or 0, args.guidance, args.tokens, processes()[1])
+        world = processes()[1]
+        # Adapters of all networks are on one copy, but where processes share them or the student starts elsewhere.
+        copies = 1 if not args.lora else 3 if world > 1 else 1 + bool(args.student)
+        parts = memory_needed(outline, shape, dtype, args.lora or 0, args.guidance, args.tokens, world, copies)
         recomputed = parts.pop("recomputed")
         recompute = sum(parts.values()) > 0.85 * have  # the rest is for what no formula sees
         if recompute:
@@ -2969,9 +2990,9 @@ def train(args: argparse.Namespace) -> None:
     adam = {"lr": args.lr, "betas": (0.0, 0.999), "eps": 1e-8, "fused": args.device != "mps"}
     optimizers = tuple(torch.optim.Adam(trained(net), **adam) for net in (student, fake))
 
-    # The state of the run: these, and two sources of random numbers
-    order, rng = shared_generator("cpu", args.seed), shared_generator(args.device, args.seed)
-    state = {"student": student, "fake": fake}, optimizers, {"order": order, "noise": rng}
+    # The state of the run: these, and the source of random numbers
+    rng = shared_generator(args.device, args.seed)
+    state = {"student": student, "fake": fake}, optimizers, {"noise": rng}
     settings = {key: value for key, value in vars(args).items() if key not in PASSING}
     settings = json.loads(json.dumps(settings, default=str))
     first, log = 0, []
@@ -3008,9 +3029,8 @@ def train(args: argparse.Namespace) -> None:
         save_state(out / "state", done, settings, *state)
 
     def batches() -> Iterator[tuple[dict, Tensor | None]]:
-        while True:
-            u = draw(torch.rand, (args.batch,), order, dtype=torch.float64)
-            picks = (u * len(prompts)).long().tolist()
+        for n in itertools.count(first * args.accumulate):
+            picks = taken((n * world + rank) * args.batch, args.batch, len(prompts), args.seed)
             real = latents[[images[i] for i in picks]]["x_0"] if images else None
             yield texts[[prompts[i] for i in picks]], real
 

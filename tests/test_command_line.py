@@ -61,7 +61,16 @@ def run(files):
 
     def run(teacher, *arguments):
         arguments = list(map(str, arguments))
-        defaults = ["--tokens", "16", "--instruction", str(files / "instruction.txt"), "--device", "cpu"]
+        defaults = [
+            "--tokens",
+            "16",
+            "--accumulate",
+            "1",
+            "--instruction",
+            str(files / "instruction.txt"),
+            "--device",
+            "cpu",
+        ]
         if not {"--sample", "--data", "--prompts"} & set(arguments):
             defaults += ["--prompts", str(files / "prompts.txt")]
         sid_fm.main(["--teacher", str(teacher), *defaults, *arguments])
@@ -135,7 +144,7 @@ def finished(pipeline, files, tmp_path_factory):
         out = tmp_path_factory.mktemp("runs") / family
         arguments = ["--data", files / data] if data else ["--prompts", files / "prompts.txt"]
         arguments += ["--tokens", 16, "--instruction", files / "instruction.txt", "--device", "cpu"]
-        arguments += ["--iters", 30, "--batch", 4, "--out", out]
+        arguments += ["--iters", 30, "--batch", 4, "--accumulate", 1, "--out", out]
         sid_fm.main(["--teacher", str(pipeline(family)), *map(str, arguments)])
         return out
 
@@ -167,7 +176,7 @@ def test_every_family_is_distilled_with_data(pipeline, finished, family):
 def test_every_family_is_distilled_without_anything_else(pipeline, files, tmp_path, family):
     """Composed prompts at their full length, at the teacher's resolution."""
     arguments = ["--instruction", str(files / "instruction.txt"), "--device", "cpu", "--out", str(tmp_path / "run")]
-    sid_fm.main(["--teacher", str(pipeline(family)), "--iters", "30", "--batch", "4", *arguments])
+    sid_fm.main(["--teacher", str(pipeline(family)), "--iters", "30", "--batch", "4", "--accumulate", "1", *arguments])
     assert_whole(tmp_path / "run", pipeline(family), data=False)
 
 
@@ -381,7 +390,7 @@ def test_without_a_prompt_file_prompts_are_composed_from_the_seed(pipeline, file
     monkeypatch.setattr(sid_fm.Teacher, "encode_prompts", lambda *args: asked.extend(args[1]) or encode(*args))
     arguments = ["--instruction", files / "instruction.txt", "--device", "cpu", "--tokens", 16, *SHORT, "--seed", 7]
     sid_fm.main(["--teacher", str(pipeline("sana")), *map(str, arguments), "--out", str(tmp_path / "run")])
-    assert asked == ["", *sid_fm.compose(6, 7)]
+    assert asked == ["", *sid_fm.compose(3 * 2 * 4, 7)]  # iterations, images of a batch, batches of an iteration
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -750,7 +759,7 @@ def test_a_cpu_that_cannot_hold_the_teacher(refused, run, monkeypatch, capsys):
     monkeypatch.setattr(sid_fm, "fetch", lambda *args: pytest.fail("asked the Hub"))
     memory = {"SC_PAGE_SIZE": 4096, "SC_PHYS_PAGES": 2**20}
     monkeypatch.setattr(os, "sysconf", memory.__getitem__)
-    line = refused("sd3-medium")
+    line = refused("sd3-medium", "--batch", 4)
     assert "2.03 billion" in line and "gradients 8.1, optimiser 32.5" in line and "has 4.3 GB" in line
     assert "--dtype bf16, --batch 1 --accumulate 4, --lora 16" in line
     assert "smaller teacher" in refused("flux-dev", "--sample", "a fox", "--dtype", "bf16")

@@ -266,7 +266,7 @@ def test_many_processes_measure_what_one_does(command, pipeline, tmp_path):
             assert two[key] == pytest.approx(one[key], rel=1e-4, abs=1e-6)
 
 
-TRAIN = ("--iters", 6, "--batch", 2, "--save-every", 3, "--lr", 1e-3, "--num", 12)
+TRAIN = ("--iters", 6, "--batch", 2, "--accumulate", 1, "--save-every", 3, "--lr", 1e-3, "--num", 12)
 
 
 def log(out: Path) -> list[dict]:

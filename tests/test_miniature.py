@@ -88,7 +88,7 @@ def distilled(tmp_path_factory):
         train_teacher(folder / "teacher", data, seed=0)
         (folder / "prompts.txt").write_text("\n".join(PROMPTS))
         command = f"--teacher {folder / 'teacher'} --prompts {folder / 'prompts.txt'} --tokens {TOKENS}"
-        command += f" --out {folder / 'run'} --device cpu --guidance 1 --iters 200 --batch 128 --lr 5e-4"
+        command += f" --out {folder / 'run'} --device cpu --guidance 1 --iters 200 --batch 128 --accumulate 1 --lr 5e-4"
         sid_fm.main(command.split())
         yield folder, data
 

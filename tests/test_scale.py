@@ -315,6 +315,13 @@ def test_two_processes_equal_one(lora, tmp_path):
         torch.testing.assert_close(their_weights[key], x, rtol=0, atol=1e-7)
 
 
+def test_every_item_is_taken_once_a_round_and_processes_share_a_round_without_overlap():
+    one = sid_fm.taken(0, 30, 10, seed=3)
+    assert all(sorted(one[i : i + 10]) == list(range(10)) for i in (0, 10, 20))
+    assert one[:10] != one[10:20] and one != sid_fm.taken(0, 30, 10, seed=4)
+    assert one == [i for place in range(0, 30, 5) for i in sid_fm.taken(place, 5, 10, seed=3)]
+
+
 def test_draws_of_processes_are_rows_of_one():
     def draw(rank, world):
         rng = sid_fm.SharedGenerator()
@@ -338,7 +345,7 @@ def command(pipeline, tmp_path):
     (tmp_path / "instruction.txt").write_text("A photograph of ")
 
     def command(out, *arguments):
-        fixed = f"--iters 12 --batch 2 --resolution 32 --save-every 4 --lr 1e-3 --tokens 16 --device cpu --out {tmp_path / out}"
+        fixed = f"--iters 12 --batch 2 --accumulate 1 --resolution 32 --save-every 4 --lr 1e-3 --tokens 16 --device cpu --out {tmp_path / out}"
         files = f"--teacher {pipeline('sana')} --prompts {tmp_path / 'prompts.txt'} --instruction {tmp_path / 'instruction.txt'}"
         return [*fixed.split(), *files.split(), *map(str, arguments)]
 
