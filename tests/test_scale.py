@@ -183,6 +183,19 @@ def test_recomputed_blocks_give_the_same_gradients_from_less_memory(name):
     assert 0.7 * kept[0] < meta < 1.5 * kept[0] and less < meta
 
 
+def test_memory_counts_every_copy_and_every_token():
+    outline = sid_fm.describe("sd3-medium", True)
+    shape, dtype = (1, 16, 8, 8), torch.bfloat16
+    one, three = (sid_fm.memory_needed(outline, shape, dtype, rank=4, world=2, copies=n) for n in (1, 3))
+    weights = sum(p.numel() for p in outline.dit.parameters())
+    assert three["weights"] - one["weights"] == 2 * 2 * weights / 2  # two more, of two bytes, over two processes
+    few = sid_fm.memory_needed(outline, shape, dtype, rank=4, tokens=3)["activations"]
+    more = sid_fm.memory_needed(outline, shape, dtype, rank=4, tokens=6)["activations"]
+    assert 1.005 * few < more < 1.1 * few  # 77 tokens of CLIP, and 16 of the image, stay
+    cond = sid_fm.random_conditions(outline.family, ["a fox"], torch.empty(0), tokens=3)
+    assert cond["text"].shape == (1, 77 + 3, 4096) and cond["pooled"].shape == (1, 2048)
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
 @pytest.mark.parametrize("family", NETWORKS)
