@@ -620,7 +620,7 @@ def sinusoidal(t: Tensor, dim: int = 256) -> Tensor:
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor, eps: float = 1e-6) -> Tensor:
     """Adaptive layer norm: LN(x) (1 + scale) + shift. x: [B, N, D]; shift, scale: [B, 1, D]"""
-    return F.layer_norm(x, x.shape[-1:], eps=eps) * (1 + scale) + shift
+    return torch.addcmul(shift, F.layer_norm(x, x.shape[-1:], eps=eps), 1 + scale)
 
 
 class RMSNorm(nn.Module):
@@ -744,11 +744,10 @@ class FeedForward(nn.Module):
 
 
 def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
-    """Rotary embedding: neighbouring channels are the two coordinates that turn. x: [B, H, N, d]; cos, sin: [N, d]"""
+    """Rotary embedding: neighbouring channels are the two coordinates that turn. x: [B, N, H, d]; cos, sin: [N, 1, d]"""
     cos, sin = rope
-    even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)
-    turned = torch.stack([-odd, even], dim=-1).flatten(-2)  # by a quarter
-    return (x.float() * cos + turned.float() * sin).to(x.dtype)
+    turned = 1j * torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))  # by a quarter
+    return (x.float() * cos + torch.view_as_real(turned).flatten(-2) * sin).to(x.dtype)
 
 
 class JointAttention(nn.Module):
@@ -780,19 +779,19 @@ class JointAttention(nn.Module):
         """x: [B, N, D], text: [B, L, D] -> the same shapes; None for text where it has no output."""
 
         def split(y: Tensor) -> Tensor:
-            return y.unflatten(-1, (self.heads, -1)).transpose(1, 2)  # [B, H, N, d]
+            return y.unflatten(-1, (self.heads, -1))  # [B, N, H, d]
 
         q, k, v = self.norm_q(split(self.to_q(x))), self.norm_k(split(self.to_k(x))), split(self.to_v(x))
         if text is not None:
-            q = torch.cat([self.norm_added_q(split(self.add_q_proj(text))), q], dim=2)
-            k = torch.cat([self.norm_added_k(split(self.add_k_proj(text))), k], dim=2)
-            v = torch.cat([split(self.add_v_proj(text)), v], dim=2)
+            q = torch.cat([self.norm_added_q(split(self.add_q_proj(text))), q], dim=1)
+            k = torch.cat([self.norm_added_k(split(self.add_k_proj(text))), k], dim=1)
+            v = torch.cat([split(self.add_v_proj(text)), v], dim=1)
         if rope is not None:
             q, k = rotate(q, rope), rotate(k, rope)
-        y = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        y = F.scaled_dot_product_attention(*(z.transpose(1, 2) for z in (q, k, v))).transpose(1, 2).flatten(2)
         y_text = None
         if text is not None:
-            y_text, y = y[:, : text.shape[1]], y[:, text.shape[1] :]
+            y_text, y = y.split([text.shape[1], x.shape[1]], dim=1)
             y_text = None if self.to_add_out is None else self.to_add_out(y_text)
         return y if self.to_out is None else self.to_out[0](y), y_text
 
@@ -821,16 +820,16 @@ class JointBlock(nn.Module):
         else:
             shift_text, scale_text, *rest = self.norm1_context(c)
         y, y_text = self.attn(modulate(x, shift, scale), modulate(text, shift_text, scale_text), rope)
-        y = x + gate * y
+        y = torch.addcmul(x, gate, y)
         if self.attn2 is not None:
             shift, scale, gate = second
-            y = y + gate * self.attn2(modulate(x, shift, scale))[0]
-        y = y + gate_mlp * self.ff(modulate(y, shift_mlp, scale_mlp))
+            y = torch.addcmul(y, gate, self.attn2(modulate(x, shift, scale))[0])
+        y = torch.addcmul(y, gate_mlp, self.ff(modulate(y, shift_mlp, scale_mlp)))
         if self.ff_context is None:
             return y, None
         gate, shift, scale, gate_mlp = rest
-        text = text + gate * y_text
-        return y, text + gate_mlp * self.ff_context(modulate(text, shift, scale))
+        text = torch.addcmul(text, gate, y_text)
+        return y, torch.addcmul(text, gate_mlp, self.ff_context(modulate(text, shift, scale)))
 
 
 class Backbone(nn.Module):
@@ -910,18 +909,18 @@ class SingleBlock(nn.Module):
         shift, scale, gate = self.norm(c)
         y = modulate(x, shift, scale)
         mlp = F.gelu(self.proj_mlp(y), approximate="tanh")
-        return x + gate * self.proj_out(torch.cat([self.attn(y, rope=rope)[0], mlp], dim=-1))
+        return torch.addcmul(x, gate, self.proj_out(torch.cat([self.attn(y, rope=rope)[0], mlp], dim=-1)))
 
 
 def rope_table(
     rows: int, columns: int, text: int, axes: tuple[int, ...], device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    """cos and sin of the rotations: image tokens at (0, row, column), text tokens at the origin. [text + N, d]"""
+    """cos and sin of the rotations: image tokens at (0, row, column), text tokens at the origin. [text + N, 1, d]"""
     exact = torch.float32 if device.type == "mps" else torch.float64
     row, column = torch.meshgrid(*(torch.arange(n, device=device, dtype=exact) for n in (rows, columns)), indexing="ij")
     positions = F.pad(torch.stack([torch.zeros_like(row), row, column]).flatten(1), (text, 0))  # [3, text + N]
     rates = (10000.0 ** (-torch.arange(0, d, 2, device=device, dtype=exact) / d) for d in axes)
-    angles = torch.cat([p[:, None] * rate for p, rate in zip(positions, rates)], dim=-1)
+    angles = torch.cat([p[:, None, None] * rate for p, rate in zip(positions, rates)], dim=-1)
     angles = angles.repeat_interleave(2, dim=-1)  # both coordinates of a pair
     return angles.cos().float(), angles.sin().float()
 
@@ -1011,8 +1010,8 @@ def linear_attention(q: Tensor, k: Tensor, v: Tensor, eps: float = 1e-15) -> Ten
     operations instead of N^2 d. A row of ones appended to v makes the denominator. All [B, H, d, N], tokens last."""
     dtype = v.dtype
     q, k, v = F.relu(q).float(), F.relu(k).float(), F.pad(v.float(), (0, 0, 0, 1), value=1.0)
-    y = (v @ k.transpose(2, 3)) @ q
-    return (y[:, :, :-1] / (y[:, :, -1:] + eps)).to(dtype)
+    y, norm = ((v @ k.transpose(2, 3)) @ q).split([v.shape[2] - 1, 1], dim=2)
+    return (y / (norm + eps)).to(dtype)
 
 
 class MixFFN(nn.Module):
@@ -1044,10 +1043,10 @@ class SanaBlock(nn.Module):
     def forward(self, x: Tensor, text: Tensor, mask: Tensor | None, c: Tensor, rows: int) -> Tensor:
         """x: [B, N, D], text: [B, L, D], mask: [B, 1, 1, L], c: [B, 6, D] -> [B, N, D]"""
         shift, scale, gate, shift_mlp, scale_mlp, gate_mlp = (self.scale_shift_table + c).chunk(6, dim=1)
-        x = x + gate * self.attn1(modulate(x, shift, scale))
+        x = torch.addcmul(x, gate, self.attn1(modulate(x, shift, scale)))
         x = x + self.attn2(x, text, mask)
         image = modulate(x, shift_mlp, scale_mlp).transpose(1, 2).unflatten(2, (rows, -1))
-        return x + gate_mlp * self.ff(image).flatten(2).transpose(1, 2)
+        return torch.addcmul(x, gate_mlp, self.ff(image).flatten(2).transpose(1, 2))
 
 
 class SanaDiT(Backbone):
