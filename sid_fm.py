@@ -744,10 +744,10 @@ class FeedForward(nn.Module):
 
 
 def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
-    """Rotary embedding: neighbouring channels are the two coordinates that turn. x: [B, N, H, d]; cos, sin: [N, 1, d]"""
+    """Rotary embedding: neighbouring channels are the two coordinates that turn. x: [B, N, H, d]; rope: of rope_table"""
     cos, sin = rope
-    turned = 1j * torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))  # by a quarter
-    return (x.float() * cos + torch.view_as_real(turned).flatten(-2) * sin).to(x.dtype)
+    neighbour = x.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
+    return (x.float() * cos + neighbour.float() * sin).to(x.dtype)
 
 
 class JointAttention(nn.Module):
@@ -915,14 +915,15 @@ class SingleBlock(nn.Module):
 def rope_table(
     rows: int, columns: int, text: int, axes: tuple[int, ...], device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    """cos and sin of the rotations: image tokens at (0, row, column), text tokens at the origin. [text + N, 1, d]"""
+    """cos of the rotations, and sin with the sign that it has on each coordinate's neighbour: (x, y) turns into
+    (x cos - y sin, y cos + x sin). Image tokens are at (0, row, column), text tokens at the origin. [text + N, 1, d]"""
     exact = torch.float32 if device.type == "mps" else torch.float64
     row, column = torch.meshgrid(*(torch.arange(n, device=device, dtype=exact) for n in (rows, columns)), indexing="ij")
     positions = F.pad(torch.stack([torch.zeros_like(row), row, column]).flatten(1), (text, 0))  # [3, text + N]
     rates = (10000.0 ** (-torch.arange(0, d, 2, device=device, dtype=exact) / d) for d in axes)
     angles = torch.cat([p[:, None, None] * rate for p, rate in zip(positions, rates)], dim=-1)
-    angles = angles.repeat_interleave(2, dim=-1)  # both coordinates of a pair
-    return angles.cos().float(), angles.sin().float()
+    cos, sin = angles.cos().float(), angles.sin().float()
+    return torch.stack([cos, cos], dim=-1).flatten(-2), torch.stack([-sin, sin], dim=-1).flatten(-2)
 
 
 class FLUX(Backbone):
