@@ -607,7 +607,10 @@ def run(args: argparse.Namespace) -> None:
     shown = shown[:: max(1, len(shown) // 8)][:8]
     names = ["data", *(f"teacher, {plural(n)}" for n in (28, 4, 1))]
     names += [f"{free}, {plural(args.steps)}", f"{aided}, {plural(args.steps)}", f"{one}, 1 step"]
-    panels = {name.replace(", ", "\n"): sid_fm.to_pixels(pictures[name][shown]) for name in dict.fromkeys(names)}
+    panels = {
+        name.replace(", ", "\n").replace(" data", "\ndata"): sid_fm.to_pixels(pictures[name][shown])
+        for name in dict.fromkeys(names)
+    }
     sid_fm.draw_samples(args.out / "samples.png", panels, [measure.texts[i] for i in shown])
     print(f"  drew {args.out / 'samples.png'}")
     draw_convergence(args.out / "convergence.png", along, f"{one} student")

@@ -2721,7 +2721,7 @@ def pyplot():
 def draw_samples(file: Path, rows: dict[str, Sequence], prompts: list[str], title: str = "") -> None:
     """A grid: one row per name, one column per prompt. rows: of pixels, numpy [H, W, 3]"""
     plt = pyplot()
-    columns = len(prompts)
+    columns, scale = len(prompts), max(1, len(prompts) / 4)  # of the letters: a wide grid is shown small
     size = (2.6 * columns + 0.4, 2.6 * len(rows) + (0.8 if title else 0.4))
     figure, axes = plt.subplots(len(rows), columns, figsize=size, squeeze=False)
     for (name, images), line in zip(rows.items(), axes):
@@ -2729,9 +2729,10 @@ def draw_samples(file: Path, rows: dict[str, Sequence], prompts: list[str], titl
             ax.imshow(pixels, interpolation="nearest" if pixels.shape[0] < 256 else None)
             ax.set(xticks=[], yticks=[], frame_on=False)
             ax.grid(visible=False)
-        line[0].set_ylabel(name)
+        line[0].set_ylabel(name, fontsize=11 * scale)
     for ax, prompt in zip(axes[0], prompts):
-        ax.set_title(textwrap.fill(textwrap.shorten(prompt, 90, placeholder=" ..."), 32), fontsize=8)
+        title_lines = textwrap.fill(textwrap.shorten(prompt, 90, placeholder=" ..."), int(32 / scale))
+        ax.set_title(title_lines, fontsize=8 * scale)
     figure.suptitle(title, fontsize=9)
     write(file, partial(figure.savefig, format="png"))
     plt.close(figure)
