@@ -24,8 +24,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import sid_fm
-from sid_fm import add_noise, draw_times, fail, flow_matching_loss, generate, make_folder, noise_like, number
-from toy_2d import cosine, fit_decay, plural, workers, write_json
+from sid_fm import (
+    add_noise,
+    draw_times,
+    fail,
+    flow_matching_loss,
+    generate,
+    make_folder,
+    noise_like,
+    number,
+    write_json,
+)
+from toy_2d import cosine, fit_decay, plural, workers
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Pictures and captions

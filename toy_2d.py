@@ -10,7 +10,6 @@ Chapters: exact mixtures; teacher and students; the derivation, checked; measuri
 import argparse
 import copy
 import itertools
-import json
 import math
 import threading
 import time
@@ -41,6 +40,7 @@ from sid_fm import (
     pyplot,
     sid_loss,
     write,
+    write_json,
 )
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1030,10 +1030,6 @@ def run(args: argparse.Namespace) -> None:
     for name, fits in draw_convergence(args.out, fisher, w2, table["data, a fresh draw"]["w2"]).items():
         report = "; ".join(f"{kind} {fit.formula}, rms log error {fit.error:.2f}" for kind, fit in fits.items())
         print(f"    {name} of the one-step student after x iterations: {report}")
-
-
-def write_json(file: Path, content: dict) -> None:
-    write(file, lambda part: part.write_text(json.dumps(content, indent=1) + "\n"))
 
 
 def sweep(args: argparse.Namespace) -> None:
