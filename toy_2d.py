@@ -431,6 +431,33 @@ def check_equal_snr(rng: torch.Generator) -> Iterator[Check]:
         )
 
 
+def check_fake_network(rng: torch.Generator) -> Iterator[Check]:
+    # psi* of an affine generator is D = s^2 f_1 + m . f_2, as above: a fake network whose weights are (s^2, m)
+    n, s, m = 20_000, 0.6, torch.tensor([0.4, -0.3])
+    x_g, e, t = (
+        m + s * torch.randn(n, 2, generator=rng),
+        torch.randn(n, 2, generator=rng),
+        draw_times(n, SID_LAW, rng=rng),
+    )
+    x_t, a, b = add_noise(x_g, e, t), 1 - t[:, None], t[:, None]
+    f_1, f_2 = a * x_t / ((a * s) ** 2 + b**2), b**2 / ((a * s) ** 2 + b**2)
+    psi = torch.tensor([1.0, 0.0, 0.0], requires_grad=True)
+    optimizer = torch.optim.LBFGS([psi], max_iter=50, tolerance_grad=1e-12, line_search_fn="strong_wolfe")
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        v = convert(psi[0] * f_1 + psi[1:] * f_2, x_t, t, "rf", "x0", "v")
+        loss = flow_matching_loss(v, x_g, e, t)
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    features = torch.stack([f_1, *(f_2 * axis for axis in torch.eye(2))], 2).flatten(0, 1)
+    _, error = least_squares(features, x_g.flatten(), (1 / t**2).repeat_interleave(2))
+    worst = largest(psi - torch.tensor([s**2, *m.tolist()]), error)
+    yield Check("the fake network, fitted to generator samples, is psi*", worst, 5, "standard errors of the fit")
+
+
 def check_score_identity(rng: torch.Generator) -> Iterator[Check]:
     generator, n, errors = Mixture(torch.tensor([[0.4, -0.3]]), 0.6), 200_000, []
     for time_ in MIDDLE:
@@ -533,33 +560,6 @@ def check_gradients(rng: torch.Generator) -> Iterator[Check]:
         yield Check(claim, angle(L[1], g["true"]), 90, "alpha = 1 points downhill")
 
 
-def check_fake_network(rng: torch.Generator) -> Iterator[Check]:
-    # psi* of an affine generator is D = s^2 f_1 + m . f_2, as above: a fake network whose weights are (s^2, m)
-    n, s, m = 20_000, 0.6, torch.tensor([0.4, -0.3])
-    x_g, e, t = (
-        m + s * torch.randn(n, 2, generator=rng),
-        torch.randn(n, 2, generator=rng),
-        draw_times(n, SID_LAW, rng=rng),
-    )
-    x_t, a, b = add_noise(x_g, e, t), 1 - t[:, None], t[:, None]
-    f_1, f_2 = a * x_t / ((a * s) ** 2 + b**2), b**2 / ((a * s) ** 2 + b**2)
-    psi = torch.tensor([1.0, 0.0, 0.0], requires_grad=True)
-    optimizer = torch.optim.LBFGS([psi], max_iter=50, tolerance_grad=1e-12, line_search_fn="strong_wolfe")
-
-    def closure() -> Tensor:
-        optimizer.zero_grad()
-        v = convert(psi[0] * f_1 + psi[1:] * f_2, x_t, t, "rf", "x0", "v")
-        loss = flow_matching_loss(v, x_g, e, t)
-        loss.backward()
-        return loss
-
-    optimizer.step(closure)
-    features = torch.stack([f_1, *(f_2 * axis for axis in torch.eye(2))], 2).flatten(0, 1)
-    _, error = least_squares(features, x_g.flatten(), (1 / t**2).repeat_interleave(2))
-    worst = largest(psi - torch.tensor([s**2, *m.tolist()]), error)
-    yield Check("the fake network, fitted to generator samples, is psi*", worst, 5, "standard errors of the fit")
-
-
 def check_sid_loss(rng: torch.Generator) -> Iterator[Check]:
     errors = []
     for alpha, weight in itertools.product((0.0, 0.5, 1.0, 1.2), sid_fm.WEIGHTS):
@@ -635,24 +635,24 @@ def check_generate(rng: torch.Generator) -> Iterator[Check]:
     yield Check("   k = 1..K are the prefixes of a K-step run", max(prefix), 64 * EPS, "64 roundings")
 
 
-CHECKS = (
-    check_posterior_mean,
-    check_tweedie,
-    check_convert,
-    check_loss_factors,
-    check_weight_density,
-    check_equal_snr,
-    check_score_identity,
-    check_three_forms,
-    check_gradients,
-    check_fake_network,
-    check_sid_loss,
-    check_generate,
-)
+CHECKS = {  # and the step of the README's derivation that each belongs to
+    check_posterior_mean: 2,
+    check_tweedie: 2,
+    check_convert: 2,
+    check_loss_factors: 3,
+    check_weight_density: 3,
+    check_equal_snr: 4,
+    check_fake_network: 6,
+    check_score_identity: 7,
+    check_three_forms: 7,
+    check_gradients: 8,
+    check_sid_loss: 8,
+    check_generate: 10,
+}
 
 
 def run_check(check: Callable[[torch.Generator], Iterator[Check]], seed: int = 0) -> list[Check]:
-    """One numbered claim and what belongs to it, in float64."""
+    """A claim and what belongs to it, in float64."""
     with float64():
         torch.manual_seed(seed)
         return list(check(torch.Generator().manual_seed(seed)))
@@ -660,13 +660,13 @@ def run_check(check: Callable[[torch.Generator], Iterator[Check]], seed: int = 0
 
 def check_all(seed: int) -> bool:
     """Print every claim with its error, its tolerance and where that comes from; True if all hold."""
-    print("The derivation, claim by claim (float64): error against tolerance, and where the tolerance comes from\n")
+    print("The derivation (float64): step, claim, error against tolerance, and where the tolerance comes from\n")
     start, verdicts = time.perf_counter(), []
-    for n, check in enumerate(CHECKS, 1):
+    for check, step in CHECKS.items():
         for result in run_check(check, seed):
             claim, error, tolerance, source, beyond = result
             verdict = "ok    " if result.ok else "FAILED"
-            print(f"{n:2}  {claim:84} {error:7.2g} {'> ' if beyond else '<='} {tolerance:7.2g} {verdict} {source}")
+            print(f"{step:2}  {claim:84} {error:7.2g} {'> ' if beyond else '<='} {tolerance:7.2g} {verdict} {source}")
             verdicts.append(result.ok)
     print(f"\n{sum(verdicts)} of {len(verdicts)} hold ({time.perf_counter() - start:.1f} s)\n")
     return all(verdicts)

@@ -111,6 +111,9 @@ def test_figures_are_there_and_all_are_shown():
     there = {str(path.relative_to(ROOT)) for path in (ROOT / ".github" / "figures").iterdir()}
     assert shown == there
     assert sum((ROOT / path).stat().st_size for path in there) < 2e6
+    captions = re.findall(r"!\[[^\]]+\]\([^)]+\)\n\n\*\(`(python [^`]+)`[^)]*\)\*\n", TEXT)  # the command under each
+    assert len(captions) == len(there)
+    assert set(captions) <= set(COMMANDS)
 
 
 def test_links_within_the_page_lead_somewhere():

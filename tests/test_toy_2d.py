@@ -209,10 +209,10 @@ def test_a_run_that_diverges_says_so(monkeypatch, tmp_path, capsys):
 
 
 def test_check_alone_reports_and_a_failed_claim_is_exit_status_1(monkeypatch, capsys):
-    monkeypatch.setattr(toy_2d, "CHECKS", (toy_2d.check_generate,))
+    monkeypatch.setattr(toy_2d, "CHECKS", {toy_2d.check_generate: 10})
     assert main(monkeypatch, "--check") == 0
     assert "4 of 4 hold" in capsys.readouterr().out
-    monkeypatch.setattr(toy_2d, "CHECKS", (lambda rng: iter([toy_2d.Check("pigs fly", math.nan, 1.0, "none")]),))
+    monkeypatch.setattr(toy_2d, "CHECKS", {lambda rng: iter([toy_2d.Check("pigs fly", math.nan, 1.0, "none")]): 1})
     assert main(monkeypatch, "--check") == 1
     assert "FAILED" in capsys.readouterr().out
 
