@@ -390,10 +390,10 @@ def generate(
 ) -> Tensor:
     """x_g = G(z) in K = steps network evaluations, or what the first `stop_after` of them give.
 
-    Step i predicts D at t_i = 1 - i/K and noises it to the next time, x = (1 - t_{i+1}) D + t_{i+1} n, where n is
-    `fresh` noise, `fixed` (z again) or `ddim` (the noise that the prediction implies). Only the last step carries
-    gradient. times: other t_0 > ... > t_K = 0 than these, which then give K. Raises ValueError unless
-    1 <= stop_after <= steps, and for an unknown noise. z: [B, ...] -> [B, ...]
+    Step i takes D = x_t - t v at t_i = 1 - i/K, a posterior mean for a denoiser and a sample for a student, and noises it
+    to the next time, x = (1 - t_{i+1}) D + t_{i+1} n, where n is `fresh` noise, `fixed` (z again) or `ddim` (the noise that
+    the prediction implies). Only the last step carries gradient. times: other t_0 > ... > t_K = 0 than these, which then
+    give K. Raises ValueError unless 1 <= stop_after <= steps, and for an unknown noise. z: [B, ...] -> [B, ...]
     """
     steps = steps if times is None else len(times) - 1
     last = steps if stop_after is None else stop_after
@@ -502,14 +502,15 @@ def distill(
     warmup: tuple[int, int] = (20_000, 40_000),
     rng: torch.Generator | None = None,
 ) -> Iterator[dict]:
-    """The training loop: distils `teacher` into `student`. All three networks start as copies of the teacher.
+    """The training loop: distils `teacher` into `student`. Student and fake network start as copies of the teacher
+    (data-aided, the student from a data-free one).
 
     optimizers: the student's and the fake network's; Adam with betas (0, 0.999) in the paper. What they do not hold is
     frozen here. batches yields cond (a dict of tensors or None) and real (data-aided: clean samples x_0 of that cond;
     data-free: None), `accumulate` times an iteration, and one step goes down the mean of their losses; the loop ends with
     it, or after `iters`, counted from `start`. shape: of a batch of samples, (B, ...). law: of the times t of both losses.
-    guidance: the same in the fake network's training and in both networks of the generator's loss ("long and short"); the
-    generator itself runs without. rng: where all noise and times come from; its seed fixes k.
+    guidance: the same in the fake network's training and in both networks of the generator's loss (the authors' "long and
+    short" guidance); the generator itself runs without. rng: where all noise and times come from; its seed fixes k.
     The generator's loss is sid_scale L_alpha, so that its gradient stays above Adam's eps. Data-aided it is
     (sid_scale L_alpha + adversarial) / 2, but the generator waits for the first warmup[0] images, and sees L_alpha alone
     until warmup[1].
@@ -553,7 +554,8 @@ def distill(
             fake_loss = fake_loss + discriminator
         return fake_loss / accumulate
 
-    # 2. The generator follows L_alpha, both networks' weights held: gradients pass through their inputs alone.
+    # 2. The generator follows L_alpha: gradients reach it through x_g and through x_t, the input of both networks, whose
+    #    weights are held.
     def student_objective(cond: dict | None, real: Tensor | None) -> Tensor:
         x_g, _, t, x_t = generate_and_noise(cond)
         if loss == "dmd" and real is None:
@@ -581,7 +583,7 @@ def distill(
         parts = [*itertools.islice(batches, accumulate)]
         if len(parts) < accumulate:
             return
-        # K = steps: the k-th output of a K-step run, k uniform. The mixture of all steps' outputs is matched to the data.
+        # The k-th output of a K-step run, k uniform, K = steps: over iterations the mixture of them is what is matched.
         k = draw_k(steps, iteration, rng)
         measured = {"iteration": iteration, "images": (iteration + 1) * images, "k": k}
         set_trainable(fake_optimizer, True)

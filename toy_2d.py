@@ -721,7 +721,7 @@ def euler(net: Callable, steps: int) -> Callable[[Tensor], Tensor]:
 
 
 def mixture_of_steps(net: Callable, steps: int, noise: str = "fresh", seed: int = 0) -> Callable[[Tensor], Tensor]:
-    """What distillation matches to the data: the k-th output of a K-step run, k uniform."""
+    """What distillation matches to the teacher: the k-th output of a K-step run, k uniform."""
     rng = torch.Generator().manual_seed(seed)
 
     def sampler(z: Tensor) -> Tensor:
@@ -1094,7 +1094,7 @@ def parse() -> argparse.Namespace:
     add("--quick", action="store_true", help="a short run, 25 s")
     only = parser.add_mutually_exclusive_group()
     only.add_argument("--check", action="store_true", help="the derivation alone; exit status 1 if a claim fails")
-    only.add_argument("--sweep", action="store_true", help="how sensitive the method is to its choices, 15 minutes")
+    only.add_argument("--sweep", action="store_true", help="how sensitive the method is to its choices, 13 minutes")
     args = parser.parse_args()
     args.iters = args.iters or (1000 if args.sweep else 300 if args.quick else 2000)
     return args
