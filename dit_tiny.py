@@ -29,13 +29,12 @@ from sid_fm import (
     draw_times,
     fail,
     flow_matching_loss,
-    generate,
     make_folder,
     noise_like,
     number,
     write_json,
 )
-from toy_2d import cosine, fit_decay, plural, workers
+from toy_2d import BLUE, GREY, INK, RED, cosine, few_step, plot_decay, plural, save, workers
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Pictures and captions
@@ -484,47 +483,22 @@ class Measure:
         return lambda z, cond: sid_fm.sample_ode(net, z, cond, self.empty, times, guidance)
 
 
-def few_step(net: nn.Module, steps: int, noise: str, seed: int) -> Callable[[Tensor, dict], Tensor]:
-    rng = torch.Generator().manual_seed(seed)
-    return lambda z, cond: generate(net, z, cond, steps, noise, rng=rng)
-
-
 # ----------------------------------------------------------------------------------------------------------------------
 # Figures
 # ----------------------------------------------------------------------------------------------------------------------
 
-BLUE, RED, GREY, INK = "#2f6fb3", "#c8453b", "#8b95a1", "#1f2430"
 GUIDANCES = (1.0, 2.5, 4.5, 7.0)
 
 
-def save(figure, file: Path) -> None:
-    sid_fm.write(file, partial(figure.savefig, format="png"))
-    sid_fm.pyplot().close(figure)
-    print(f"  drew {file}", flush=True)
-
-
-def draw_convergence(file: Path, distances: dict[int, float], title: str) -> None:
-    """Frechet distance against iterations, on log-log and on semilog axes, with both fits: the paper says exponential."""
-    x, y = np.array([*distances]), np.array([*distances.values()])
-    falling = int(y.argmax())
-    fits = fit_decay(x[falling:], y[falling:])
+def draw_convergence(out: Path, distances: dict[int, float], title: str) -> None:
+    """Frechet distance against iterations: the paper says that it falls exponentially."""
     figure, axes = sid_fm.pyplot().subplots(1, 2, figsize=(10, 3.8), sharey=True)
-    for axis, scale in zip(axes, ("log", "linear")):
-        axis.plot(x, y, "o", color=BLUE, markersize=5)
-        for (kind, fit), style in zip(fits.items(), ("--", "-")):
-            label = f"{kind} {fit.formula}  (rms log error {fit.error:.2f})"
-            axis.plot(x[falling:], fit.curve, style, color=INK, linewidth=1.3, label=label)
-        axis.set(xscale=scale, yscale="log", xlabel="iterations")
-    axes[0].set(ylabel=f"Frechet distance, {title}", title="log-log")
-    axes[1].set(title="semilog")
-    if fits:
-        axes[1].legend(fontsize=8.5)
-    save(figure, file)
-    for kind, fit in fits.items():
-        print(f"    Frechet distance after x iterations: {kind} {fit.formula}, rms log error {fit.error:.2f}")
+    x, y = np.array([*distances]), np.array([*distances.values()])
+    plot_decay(axes, f"Frechet distance, {title}", x, y, int(y.argmax()), BLUE)
+    save(figure, out, "convergence.png")
 
 
-def draw_guidance(file: Path, teacher: dict[float, dict], students: dict[str, dict], guidance: float) -> None:
+def draw_guidance(out: Path, teacher: dict[float, dict], students: dict[str, dict], guidance: float) -> None:
     """Accuracy and diversity against the guidance that the teacher is sampled with, and that students learned from."""
     figure, axes = sid_fm.pyplot().subplots(1, 2, figsize=(10, 3.8))
     for axis, (key, label) in zip(
@@ -536,7 +510,7 @@ def draw_guidance(file: Path, teacher: dict[float, dict], students: dict[str, di
             axis.errorbar([guidance], [line[key][0]], [line[key][1]], color=color, marker="s", capsize=3, label=name)
         axis.set(xlabel="guidance", ylabel=label)
     axes[0].legend(fontsize=8.5)
-    save(figure, file)
+    save(figure, out, "guidance.png")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -623,9 +597,9 @@ def run(args: argparse.Namespace) -> None:
     }
     sid_fm.draw_samples(args.out / "samples.png", panels, [measure.texts[i] for i in shown])
     print(f"  drew {args.out / 'samples.png'}")
-    draw_convergence(args.out / "convergence.png", along, f"{one} student")
+    draw_convergence(args.out, along, f"{one} student")
     best = {name: table[f"{name}, {plural(1 if name == one else args.steps)}"] for name in students}
-    draw_guidance(args.out / "guidance.png", {g: guided[g] for g in sorted(guided)}, best, args.guidance)
+    draw_guidance(args.out, {g: guided[g] for g in sorted(guided)}, best, args.guidance)
     print(f"  {seconds:.0f} s in all")
 
 

@@ -46,6 +46,7 @@ import warnings
 import zlib
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from datetime import timedelta
 from functools import cached_property, lru_cache, partial
 from pathlib import Path
 from typing import ClassVar, NamedTuple, NoReturn
@@ -53,6 +54,7 @@ from typing import ClassVar, NamedTuple, NoReturn
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from tqdm import tqdm
 
 # ----------------------------------------------------------------------------------------------------------------------
 # 1. Paths: Gaussian diffusion and flow matching are one model (paper, section 2)
@@ -612,17 +614,16 @@ def widen(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def sinusoidal(t: Tensor, dim: int = 256) -> Tensor:
-    """cos and sin of t at dim / 2 frequencies from 1 down to 1e-4, in float32. [B] -> [B, dim]"""
-    angles = t[:, None].float() * torch.exp(
-        -math.log(10000) * torch.arange(dim // 2, device=t.device, dtype=torch.float32) / (dim // 2)
-    )
+def sinusoidal(t: Tensor) -> Tensor:
+    """cos and sin of t at 128 frequencies from 1 down to 1e-4, in float32. [B] -> [B, 256]"""
+    rates = torch.exp(-math.log(10000) * torch.arange(128, device=t.device, dtype=torch.float32) / 128)
+    angles = t[:, None].float() * rates
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
 
-def modulate(x: Tensor, shift: Tensor, scale: Tensor, eps: float = 1e-6) -> Tensor:
+def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     """Adaptive layer norm: LN(x) (1 + scale) + shift. x: [B, N, D]; shift, scale: [B, 1, D]"""
-    return torch.addcmul(shift, F.layer_norm(x, x.shape[-1:], eps=eps), 1 + scale)
+    return torch.addcmul(shift, F.layer_norm(x, x.shape[-1:], eps=1e-6), 1 + scale)
 
 
 class RMSNorm(nn.Module):
@@ -681,22 +682,16 @@ class PatchEmbed(nn.Module):
         return tokens + table.flatten(1, 2)
 
 
-def unpatchify(tokens: Tensor, rows: int, patch_size: int) -> Tensor:
-    """[B, N, p p C] -> [B, C, h, w], each token's channels ordered (row in patch, column in patch, C)."""
-    grid = tokens.unflatten(2, (patch_size, patch_size, -1)).unflatten(1, (rows, -1))  # [B, h/p, w/p, p, p, C]
-    return grid.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)
+class Chain(nn.Sequential):
+    """Modules that run in the order given, under the names given."""
+
+    def __init__(self, **steps: nn.Module):
+        super().__init__(OrderedDict(steps))
 
 
-class Embedder(nn.Module):
+def embedder(dim_in: int, dim: int, activation: nn.Module | None = None) -> Chain:
     """linear, activation, linear: of time, guidance, pooled text, captions."""
-
-    def __init__(self, dim_in: int, dim: int, activation: Callable[[Tensor], Tensor] = F.silu):
-        super().__init__()
-        self.linear_1, self.linear_2 = nn.Linear(dim_in, dim), nn.Linear(dim, dim)
-        self.activation = activation
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.linear_2(self.activation(self.linear_1(x)))
+    return Chain(linear_1=nn.Linear(dim_in, dim), act=activation or nn.SiLU(), linear_2=nn.Linear(dim, dim))
 
 
 class Conditioning(nn.Module):
@@ -704,9 +699,9 @@ class Conditioning(nn.Module):
 
     def __init__(self, dim: int, pooled_dim: int = 0, guidance: bool = False):
         super().__init__()
-        self.timestep_embedder = Embedder(256, dim)
-        self.guidance_embedder = Embedder(256, dim) if guidance else None
-        self.text_embedder = Embedder(pooled_dim, dim) if pooled_dim else None
+        self.timestep_embedder = embedder(256, dim)
+        self.guidance_embedder = embedder(256, dim) if guidance else None
+        self.text_embedder = embedder(pooled_dim, dim) if pooled_dim else None
 
     def forward(self, t: Tensor, guidance: Tensor | None, pooled: Tensor | None) -> Tensor:
         dtype = self.timestep_embedder.linear_1.weight.dtype
@@ -727,22 +722,9 @@ class Modulation(nn.Module):
         return self.linear(F.silu(c))[:, None].chunk(self.n, dim=-1)
 
 
-class GELULinear(nn.Module):
-    def __init__(self, dim: int, hidden: int):
-        super().__init__()
-        self.proj = nn.Linear(dim, hidden)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.gelu(self.proj(x), approximate="tanh")
-
-
-class FeedForward(nn.Module):
-    def __init__(self, dim: int):
-        super().__init__()
-        self.net = nn.Sequential(GELULinear(dim, 4 * dim), nn.Identity(), nn.Linear(4 * dim, dim))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.net(x)
+def feed_forward(dim: int) -> Chain:
+    wide = Chain(proj=nn.Linear(dim, 4 * dim), act=nn.GELU("tanh"))
+    return Chain(net=nn.Sequential(wide, nn.Identity(), nn.Linear(4 * dim, dim)))
 
 
 def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
@@ -810,8 +792,8 @@ class JointBlock(nn.Module):
         self.norm1_context = Modulation(dim, 2 if last else 6)
         self.attn = JointAttention(dim, heads, norm, context=True, last=last)
         self.attn2 = JointAttention(dim, heads, norm) if dual else None
-        self.ff = FeedForward(dim)
-        self.ff_context = None if last else FeedForward(dim)
+        self.ff = feed_forward(dim)
+        self.ff_context = None if last else feed_forward(dim)
 
     def forward(
         self, x: Tensor, text: Tensor, c: Tensor, rope: tuple[Tensor, Tensor] | None = None
@@ -846,7 +828,11 @@ class Backbone(nn.Module):
     def velocity(self, tokens: Tensor, like: Tensor, features: bool) -> Tensor | tuple[Tensor, Tensor]:
         """Output projection of the last hidden states (after the final norm), and their mean where features are asked.
         tokens: [B, N, D] -> v as x_t, hidden [B, D]"""
-        v = unpatchify(self.proj_out(tokens), like.shape[-2] // self.patch_size, self.patch_size).to(like.dtype)
+        p = self.patch_size  # a token's channels are ordered (row in patch, column in patch, C)
+        grid = (
+            self.proj_out(tokens).unflatten(2, (p, p, -1)).unflatten(1, (like.shape[-2] // p, -1))
+        )  # [B, h/p, w/p, p, p, C]
+        v = grid.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3).to(like.dtype)
         return (v, widen(tokens).mean(1)) if features else v
 
 
@@ -953,7 +939,6 @@ class FLUX(Backbone):
         super().__init__()
         dim = num_attention_heads * attention_head_dim
         self.axes = tuple(axes_dims_rope)
-        self.embeds_guidance = guidance_embeds
         self.x_embedder = nn.Linear(in_channels, dim)
         self.context_embedder = nn.Linear(joint_attention_dim, dim)
         self.time_text_embed = Conditioning(dim, pooled_projection_dim, guidance_embeds)
@@ -970,9 +955,7 @@ class FLUX(Backbone):
         dtype = self.proj_out.weight.dtype
         packed = F.pixel_unshuffle(x_t.to(dtype), 2)  # [B, 4 C, h / 2, w / 2]
         x, text = self.x_embedder(packed.flatten(2).transpose(1, 2)), self.context_embedder(cond["text"].to(dtype))
-        c = self.time_text_embed(
-            1000 * t, 1000 * self.guidance_of(cond, t) if self.embeds_guidance else None, cond["pooled"]
-        )
+        c = self.time_text_embed(1000 * t, 1000 * self.guidance_of(cond, t), cond["pooled"])
         rope = rope_table(*packed.shape[-2:], text.shape[1], self.axes, x.device)
         for block in self.transformer_blocks:
             x, text = block(x, text, c, rope)
@@ -1008,13 +991,13 @@ class SanaAttention(nn.Module):
         return self.to_out[0](y.transpose(1, 2).flatten(2))
 
 
-def linear_attention(q: Tensor, k: Tensor, v: Tensor, eps: float = 1e-15) -> Tensor:
+def linear_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """sum_j relu(q_i . k_j) v_j / sum_j relu(q_i . k_j) with relu on q and k each, so that sums over j come first: N d^2
     operations instead of N^2 d. A row of ones appended to v makes the denominator. All [B, H, d, N], tokens last."""
     dtype = v.dtype
     q, k, v = F.relu(q).float(), F.relu(k).float(), F.pad(v.float(), (0, 0, 0, 1), value=1.0)
     y, norm = ((v @ k.transpose(2, 3)) @ q).split([v.shape[2] - 1, 1], dim=2)
-    return (y / (norm + eps)).to(dtype)
+    return (y / (norm + 1e-15)).to(dtype)
 
 
 class MixFFN(nn.Module):
@@ -1082,14 +1065,14 @@ class SanaDiT(Backbone):
         dim = num_attention_heads * attention_head_dim
         self.patch_size = patch_size
         self.time_scale = 1.0 if guidance_embeds else 1000 * timestep_scale
-        self.guidance_scale = guidance_embeds_scale if guidance_embeds else None
+        self.guidance_scale = guidance_embeds_scale
         self.patch_embed = PatchEmbed(in_channels, dim, patch_size)
         # With a guidance embedding the checkpoints hold the embedders one level higher.
         self.time_embed = Conditioning(dim, guidance=True) if guidance_embeds else nn.Module()
         if not guidance_embeds:
             self.time_embed.emb = Conditioning(dim)
         self.time_embed.linear = nn.Linear(dim, 6 * dim)
-        self.caption_projection = Embedder(caption_channels, dim, partial(F.gelu, approximate="tanh"))
+        self.caption_projection = embedder(caption_channels, dim, nn.GELU("tanh"))
         self.caption_norm = RMSNorm(dim, eps=1e-5)
         self.transformer_blocks = nn.ModuleList(
             SanaBlock(dim, num_attention_heads, num_cross_attention_heads, int(mlp_ratio * dim), bool(qk_norm))
@@ -1107,10 +1090,8 @@ class SanaDiT(Backbone):
         x = self.patch_embed(x_t.to(dtype))
         text = self.caption_norm(self.caption_projection(cond["text"].to(dtype)))
         mask = cond["mask"][:, None, None].bool() if "mask" in cond else None
-        if self.guidance_scale is None:
-            c = self.time_embed.emb(self.time_scale * t, None, None)
-        else:
-            c = self.time_embed(self.time_scale * t, self.guidance_scale * self.guidance_of(cond, t), None)
+        embed = getattr(self.time_embed, "emb", self.time_embed)
+        c = embed(self.time_scale * t, self.guidance_scale * self.guidance_of(cond, t), None)
         modulation = self.time_embed.linear(F.silu(c)).unflatten(1, (6, -1))
         for block in self.transformer_blocks:
             x = block(x, text, mask, modulation, x_t.shape[-2] // self.patch_size)
@@ -1126,13 +1107,6 @@ class SanaDiT(Backbone):
 # Arguments are config.json's keys. FIXED holds its keys that have one supported value: what a strict load cannot notice.
 
 conv3x3 = partial(nn.Conv2d, kernel_size=3, padding=1)
-
-
-class Chain(nn.Sequential):
-    """Modules that run in the order given, under the names given."""
-
-    def __init__(self, **steps: nn.Module):
-        super().__init__(OrderedDict(steps))
 
 
 class ResnetBlock(nn.Module):
@@ -1385,7 +1359,7 @@ class BadInput(ValueError):
 def read_text(file: Path) -> str:
     """A text file's content. Raises BadInput."""
     try:
-        return file.read_text(encoding="utf-8")
+        return file.read_text(encoding="utf-8-sig")  # with a byte order mark or without
     except UnicodeDecodeError as error:
         raise BadInput(f"{file} is not UTF-8 (byte {error.start}): save it as UTF-8") from None
     except OSError as error:
@@ -1658,20 +1632,19 @@ def build(kind: type[nn.Module], config: dict) -> nn.Module:
     return net
 
 
-def open_part(kind: type[nn.Module], folder: Path, **override) -> tuple[nn.Module, dict[str, Path]]:
-    """A network without its weights (on the meta device), and which file holds each tensor. Names and shapes have been
+def open_part(kind: type[nn.Module], folder: Path, **override) -> tuple[nn.Module, list[Path]]:
+    """A network without its weights (on the meta device), and the files that hold them. Names and shapes have been
     compared, and no weight has been read. Raises BadInput."""
     from safetensors import SafetensorError, safe_open
 
     with torch.device("meta"):
         net = build(kind, read_json(folder / "config.json") | override)
     expected = {key: tuple(value.shape) for key, value in net.state_dict().items()}
-    places, found = {}, {}
-    for path in weight_files(folder):
+    files, found = weight_files(folder), {}
+    for path in files:
         try:
             with safe_open(path, "pt") as file:
-                for key in file.keys():  # noqa: SIM118 (not a dict)
-                    places[key], found[key] = path, tuple(file.get_slice(key).get_shape())
+                found |= {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118 (not a dict)
         except FileNotFoundError:
             raise BadInput(f"{path}, which the index names, is missing: download it again") from None
         except SafetensorError as error:
@@ -1683,17 +1656,17 @@ def open_part(kind: type[nn.Module], folder: Path, **override) -> tuple[nn.Modul
     for key, shape in expected.items():
         if found[key] != shape:
             raise BadInput(f"{folder}: {key} has shape {list(found[key])}, its config.json asks for {list(shape)}")
-    return net, places
+    return net, files
 
 
-def fill_part(net: nn.Module, places: dict[str, Path], device: str, dtype: torch.dtype) -> nn.Module:
+def fill_part(net: nn.Module, files: list[Path], device: str, dtype: torch.dtype) -> nn.Module:
     """open_part's network with its weights, frozen. Each tensor is taken as it comes: memory holds them once."""
     from safetensors import safe_open
 
     state = {}
-    for path in dict.fromkeys(places.values()):
+    for path in files:
         with safe_open(path, "pt") as file:
-            for key in (key for key, place in places.items() if place == path):
+            for key in file.keys():  # noqa: SIM118 (not a dict)
                 state[key] = file.get_tensor(key).to(device, dtype, copy=True)
     net.load_state_dict(state, assign=True)
     return net.eval().requires_grad_(False)
@@ -1805,7 +1778,6 @@ class Teacher:
         latent_size = dit.config.get("sample_size")
         self.resolution = vae.downscale * latent_size if latent_size else vae.config.get("sample_size", 1024)
         self.steps = NAMES[name].steps if name in NAMES else {"sana": 20}.get(family.kind, 28)
-        self.embeds_guidance = bool(dit.config.get("guidance_embeds"))
         self.text = None
 
     def encode_prompts(self, prompts: list[str], max_length: int | None = None) -> dict[str, Tensor]:
@@ -1827,17 +1799,11 @@ class Teacher:
             warnings.warn("SANA's prompts go in bare: for its instruction install diffusers, or give a file of it")
         return found or ""
 
-    def identity(self) -> list:
-        """What tells this teacher's encoders from others: its name and the size and time of each of its files."""
-        files = sorted(self.folder.rglob("*.safetensors")) if self.folder else []
-        return [self.name, *([str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in files)]
-
     def forget_text(self) -> None:
         """Frees the text encoders' memory."""
         self.text = None
         gc.collect()
-        if self.weights.is_cuda:
-            torch.cuda.empty_cache()
+        torch.cuda.empty_cache()
 
     def times(self, steps: int, resolution: int | tuple[int, int]) -> Tensor:
         """The descending times that the teacher's own pipeline walks, on the Rectified Flow path, with the final 0.
@@ -1876,8 +1842,6 @@ class Teacher:
         rng: torch.Generator | None = None,
     ) -> Tensor:
         """The teacher's own sampling, as its pipeline does it. z ~ N(0, I): [B, C, h, w] -> latents"""
-        from tqdm import tqdm
-
         steps = steps or self.steps
         times = self.times(steps, tuple(self.vae.downscale * n for n in z.shape[-2:]))
         one_of_many = os.environ.get("RANK", "0") != "0"
@@ -2065,7 +2029,7 @@ def plain_weights(net: nn.Module) -> tuple[dict[str, Tensor], dict[str, Tensor]]
                 adapters |= {f"transformer.{name}.lora_A.weight": A, f"transformer.{name}.lora_B.weight": B}
                 W = weights[f"{name}.weight"]
                 weights[f"{name}.weight"] = (W.to(B) + B @ A).to(W)
-    return {key: value.detach() for key, value in weights.items()}, {key: x.detach() for key, x in adapters.items()}
+    return weights, adapters
 
 
 def write(file: Path, content: Callable[[Path], object]) -> None:
@@ -2104,8 +2068,11 @@ def save_student(net: nn.Module, teacher: Teacher | None, folder: str | Path) ->
     dtype = teacher.weights.dtype if teacher else None
     weights = {key: value.to("cpu", dtype).contiguous() for key, value in weights.items()}
     for name, tensors in (("pytorch_lora_weights", adapters), ("diffusion_pytorch_model", weights)):
+        file = folder / f"{name}.safetensors"
         if tensors:
-            write(folder / f"{name}.safetensors", partial(save_file, tensors, metadata={"format": "pt"}))
+            write(file, partial(save_file, tensors, metadata={"format": "pt"}))
+        else:  # of a former run
+            file.unlink(missing_ok=True)
     write_json(folder / "config.json", net.config)
 
 
@@ -2231,14 +2198,8 @@ def join(device: str) -> None:
     if "TORCHELASTIC_RUN_ID" in os.environ and processes()[1] == 1:
         if device == "cuda":
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        torch.distributed.init_process_group("nccl" if device == "cuda" else "gloo")
-
-
-def shared_generator(device: str, seed: int) -> SharedGenerator:
-    """This process's share of one generator."""
-    rng = SharedGenerator(device)
-    rng.rank, rng.world = processes()
-    return rng.manual_seed(seed)
+        # Long enough for the others to wait while the first process encodes all prompts and images.
+        torch.distributed.init_process_group("nccl" if device == "cuda" else "gloo", timeout=timedelta(days=1))
 
 
 def local(x: Tensor) -> Tensor:
@@ -2266,10 +2227,9 @@ def shard(
     options = {"mesh": init_device_mesh(device, (world,)), "mp_policy": mixed}
     for part in (*blocks_of(twin), twin):
         fully_shard(part, **options)
-    buffers = [x.clone() for x in net.buffers()]
     twin.to_empty(device=device)
     with torch.no_grad():
-        for x, source in zip(twin.buffers(), buffers):
+        for x, source in zip(twin.buffers(), net.buffers()):
             x.copy_(source)
         for w, source in zip(twin.parameters(), net.parameters()):
             rows = source.chunk(world)
@@ -2309,11 +2269,9 @@ def three_networks(
 # That file is what makes a state: it is written when all others are, and only then the former ones go.
 
 
-def state_of(
-    nets: dict[str, nn.Module], optimizers: Iterable, generators: dict[str, torch.Generator]
-) -> dict[str, Tensor]:
-    """Trained weights, the optimizers' moments, random states: this process's, by name."""
-    tensors = {f"random.{name}": rng.get_state() for name, rng in generators.items()}
+def state_of(nets: dict[str, nn.Module], optimizers: Iterable, rng: torch.Generator) -> dict[str, Tensor]:
+    """Trained weights, the optimizers' moments, the random state: this process's, by name."""
+    tensors = {"random.noise": rng.get_state()}
     for (role, net), optimizer in zip(nets.items(), optimizers):
         ours = {id(w) for group in optimizer.param_groups for w in group["params"]}
         for name, w in net.named_parameters():
@@ -2341,7 +2299,7 @@ def save_state(folder: Path, iteration: int, settings: dict, *state: object) -> 
                 shutil.rmtree(old, ignore_errors=True)
 
 
-def load_state(folder: Path, settings: dict, nets: dict, optimizers: Iterable, generators: dict) -> int:
+def load_state(folder: Path, settings: dict, nets: dict, optimizers: Iterable, rng: torch.Generator) -> int:
     """Puts a state back where save_state took it from, and returns its iteration. Raises BadInput for one of other
     settings, of another number of processes, or that can't be read."""
     from safetensors import SafetensorError
@@ -2360,8 +2318,7 @@ def load_state(folder: Path, settings: dict, nets: dict, optimizers: Iterable, g
         tensors = load_file(file)
     except (OSError, SafetensorError) as error:
         raise BadInput(f"{file} can't be read ({error}): leave --resume out to start again") from None
-    for name, rng in generators.items():
-        rng.set_state(tensors.pop(f"random.{name}"))
+    rng.set_state(tensors.pop("random.noise"))
     weights = {f"{role}.{name}": w for role, net in nets.items() for name, w in net.named_parameters()}
     optimizer_of = dict(zip(nets, optimizers))
     with torch.no_grad():
@@ -2503,14 +2460,12 @@ class Panel:
     def __init__(self, teacher: Teacher, clip: CLIP, prompts: list[str], cond_of: Callable, shape: tuple, device: str):
         self.teacher, self.clip, self.prompts, self.cond_of = teacher, clip, prompts, cond_of
         self.like = torch.empty(SEEDS, *shape, device=device)
-        self.texts = clip.embed(prompts=prompts).to(device)
+        self.texts = clip.embed(prompts=prompts).cpu()
 
     @torch.no_grad()
     def draw(self, sampler: Callable, seed: int, title: str) -> tuple[Tensor, list, float]:
         """Of what sampler(z, cond, rng=rng) makes, latents: embeddings [P, S, d], a picture of each prompt of this process,
         seconds a picture (the median over prompts). Where processes share networks all must call this."""
-        from tqdm import tqdm
-
         rank, world = processes()
         count, found, shown, seconds = len(self.prompts), [], [], []
         rounds = -(-count // world)  # some processes may draw a prompt in vain, so that all draw as often
@@ -2530,7 +2485,7 @@ class Panel:
             parts = [torch.empty_like(x) for _ in range(world)]
             torch.distributed.all_gather(parts, x)
             x = torch.stack(parts, 1).flatten(0, 1)[:count]
-        return x, shown, sorted(seconds)[len(seconds) // 2]
+        return x.cpu(), shown, sorted(seconds)[len(seconds) // 2]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -2653,7 +2608,6 @@ class Cache:
 
     def __init__(self, folder: Path, items: Iterable, encode: Callable[[list], dict], key: list, device: str = "cpu"):
         from safetensors.torch import save_file
-        from tqdm import tqdm
 
         names = {item: hashlib.sha256(json.dumps([key, str(item)]).encode()).hexdigest()[:24] for item in items}
         self.files, self.device = {item: folder / f"{name}.safetensors" for item, name in names.items()}, device
@@ -2684,7 +2638,9 @@ def encode_once(
     """Conditions of the prompts and of the empty one, and latents of the images, on disk. No text encoder stays in
     memory; where there are more processes, the first encodes and the others find it done."""
     rank, world = processes()
-    key = [*teacher.identity(), args.dtype]
+    # What tells this teacher's encoders from others: the size and time of each of its files
+    files = sorted(teacher.folder.rglob("*.safetensors")) if teacher.folder else []
+    key = [teacher.name, *([str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in files), args.dtype]
 
     def encode_texts(some: list[str]) -> dict[str, Tensor]:
         return teacher.encode_prompts(some, args.tokens)
@@ -2734,7 +2690,7 @@ def draw_samples(file: Path, rows: dict[str, Sequence], prompts: list[str], titl
         line[0].set_ylabel(name, fontsize=11 * scale)
     for ax, prompt in zip(axes[0], prompts):
         title_lines = textwrap.fill(textwrap.shorten(prompt, 90, placeholder=" ..."), int(32 / scale))
-        ax.set_title(title_lines, fontsize=8 * scale)
+        ax.set_title(title_lines, fontsize=8 * scale, parse_math=False)  # prompts may hold a $
     figure.suptitle(title, fontsize=9)
     write(file, partial(figure.savefig, format="png"))
     plt.close(figure)
@@ -2842,7 +2798,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
     add = parser.add_argument_group("evaluation").add_argument
     add("--evaluate", action="store_true", help="a table: the teacher's own sampler, --student at 1, 2 and 4 steps")
-    add("--reference", default="teacher", metavar="FOLDER", help="of pictures to be like (the teacher's own samples)")
+    add("--reference", metavar="FOLDER", help="of pictures to be like (the teacher's own samples)")
     add("--num", type=number(int, 3 * SEEDS), help=f"pictures, {SEEDS} of a prompt (500; with --evaluate-every 64)")
     add("--clip", default="openai/clip-vit-large-patch14", metavar="NAME", help="a folder or Hub id (%(default)s)")
 
@@ -2867,7 +2823,7 @@ def prepare(args: argparse.Namespace, training: bool = False) -> Teacher:
     dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[args.dtype]
     outline = describe(args.teacher, args.random_weights)
     if args.guidance is None:
-        args.guidance = 1.0 if outline.embeds_guidance else 4.5
+        args.guidance = 1.0 if outline.dit.config.get("guidance_embeds") else 4.5
     args.recompute = weigh(args, outline, dtype, training)
     # Networks that processes share go to their devices in parts.
     shared = training and processes()[1] > 1
@@ -2963,13 +2919,14 @@ MOST_SKIPPED = 10  # updates in a row
 
 def train(args: argparse.Namespace) -> None:
     """Distils the teacher into a student, and shows how it goes."""
-    from tqdm import tqdm
-
     # What is given, as far as it can be looked at before anything is loaded
     asked = copy.copy(args)
     out = args.out or Path("runs") / (Path(args.teacher).resolve().name + ("-data" if args.data else ""))
-    if args.resume and not (out / "state" / "state.json").is_file():
+    there = (out / "state" / "state.json").is_file()
+    if args.resume and not there:
         raise BadInput(f"--resume: {out} holds no state of a run; leave --resume out to start one")
+    if there and not args.resume:
+        raise BadInput(f"{out} holds the state of a run: --resume goes on with it, another --out starts anew")
     prompts, images = read_inputs(args)
     measure = Measure(args, prompts, 64) if args.evaluate_every else None
     prompts = prompts or compose(min(args.iters * args.batch * args.accumulate, 2048), args.seed)
@@ -2994,8 +2951,9 @@ def train(args: argparse.Namespace) -> None:
     optimizers = tuple(torch.optim.Adam(trained(net), **adam) for net in (student, fake))
 
     # The state of the run: these, and the source of random numbers
-    rng = shared_generator(args.device, args.seed)
-    state = {"student": student, "fake": fake}, optimizers, {"noise": rng}
+    rng = SharedGenerator(args.device).manual_seed(args.seed)
+    rng.rank, rng.world = rank, world
+    state = {"student": student, "fake": fake}, optimizers, rng
     settings = {key: value for key, value in vars(args).items() if key not in PASSING}
     settings = json.loads(json.dumps(settings, default=str))
     first, log = 0, []
@@ -3023,13 +2981,13 @@ def train(args: argparse.Namespace) -> None:
         seen = f"{done * each:,} images"
         if not ours.isfinite().all():
             fail(f"diverged after {seen}: try a smaller --lr; {out} has what was saved before", status=1)
+        save_student(student, teacher, out / "student")
+        save_state(out / "state", done, settings, *state)
         if rank == 0:
             pictures[f"student, {steps} step{'s' * (steps > 1)}"] = to_pixels(ours)
             title = f"{Path(args.teacher).name}{note}, the student after {seen}"
             draw_samples(out / f"samples-{done:06d}.png", pictures, shown, title)
             draw_losses(out / "loss.png", log)
-        save_student(student, teacher, out / "student")
-        save_state(out / "state", done, settings, *state)
 
     def batches() -> Iterator[tuple[dict, Tensor | None]]:
         for n in itertools.count(first * args.accumulate):
@@ -3082,7 +3040,8 @@ def train(args: argparse.Namespace) -> None:
         return
     if measure:
         best = min(cmmds(log), default=math.inf)
-        said = f"CMMD {best:.3g} on {len(judged)} prompts; evaluation took {measure.share():.0%} of the time"
+        share = measure.seconds / (time.perf_counter() - measure.begun)
+        said = f"CMMD {best:.3g} on {len(judged)} prompts; evaluation took {share:.0%} of the time"
         print(f"{out / 'student-best'}: {said}")
     command = ["python", "sid_fm.py", "--teacher", args.teacher, "--student", str(out / "student")]
     for name in ("steps", "resolution", "device", "dtype", "tokens", "noise", "instruction"):
@@ -3142,8 +3101,8 @@ class Measure:
         self.args, self.prompts = args, [*dict.fromkeys(given)][:count] or compose(count, args.seed + 1)
         if len(self.prompts) < 3:
             raise BadInput(f"an evaluation needs 3 prompts or more, not {len(self.prompts)}")
-        self.likes = [] if args.reference == "teacher" else pictures_in(Path(args.reference))
-        if args.reference != "teacher" and len(self.likes) < 3:
+        self.likes = pictures_in(Path(args.reference)) if args.reference else []
+        if args.reference and len(self.likes) < 3:
             raise BadInput(f"--reference {args.reference} is no folder of 3 images or more (png, jpg, webp)")
         try:
             self.clip = CLIP(args.clip)
@@ -3152,8 +3111,6 @@ class Measure:
 
     def open(self, teacher: Teacher, texts: Cache) -> None:
         """Draws or reads the reference."""
-        from tqdm import tqdm
-
         args, self.begun, self.seconds = self.args, time.perf_counter(), 0.0
         self.own_sampler = partial(teacher.sample, uncond=texts[[""]], guidance=args.guidance)
         shape = teacher.latent_shape(args.resolution)
@@ -3161,7 +3118,7 @@ class Measure:
             self.panel = Panel(teacher, self.clip, self.prompts, lambda i: texts[[self.prompts[i]]], shape, args.device)
             if self.likes:
                 with tqdm(self.likes, desc="reference", unit=" images", leave=False, disable=processes()[0] > 0) as bar:
-                    self.reference = torch.stack([self.clip.embed([read_pixels(file)]) for file in bar])
+                    self.reference = torch.stack([self.clip.embed([read_pixels(file)]).cpu() for file in bar])
             else:  # with other noise than those that are measured
                 self.reference, *_ = self.panel.draw(self.own_sampler, args.seed + 1, "reference")
 
@@ -3176,10 +3133,6 @@ class Measure:
         with self.visit(self.panel.teacher):
             x, shown, seconds = self.panel.draw(sampler, self.args.seed, title)
             return scores(x, self.panel.texts, self.reference, paired=not self.likes), shown, seconds
-
-    def share(self) -> float:
-        """Of the time since it was opened."""
-        return self.seconds / (time.perf_counter() - self.begun)
 
 
 def few_step(net: nn.Module, steps: int, noise: str) -> Callable:
@@ -3233,6 +3186,8 @@ def main(argv: list[str] | None = None) -> None:
             torch.distributed.destroy_process_group()
     except BadInput as error:
         fail(error)
+    except KeyboardInterrupt:
+        fail("stopped: what was saved before is whole", status=130)
     except torch.cuda.OutOfMemoryError:
         fail("the GPU's memory is full: try a smaller --batch, --resolution or --tokens", status=1)
     except torch._dynamo.exc.TorchDynamoException as error:
@@ -3241,8 +3196,6 @@ def main(argv: list[str] | None = None) -> None:
         if error.errno != errno.ENOSPC:
             raise
         fail("the disk is full: what was saved before is whole", status=1)
-    except KeyboardInterrupt:
-        fail("stopped: what was saved before is whole", status=130)
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 
 import sid_fm
 from sid_fm import (
@@ -434,11 +435,8 @@ def check_equal_snr(rng: torch.Generator) -> Iterator[Check]:
 def check_fake_network(rng: torch.Generator) -> Iterator[Check]:
     # psi* of an affine generator is D = s^2 f_1 + m . f_2, as above: a fake network whose weights are (s^2, m)
     n, s, m = 20_000, 0.6, torch.tensor([0.4, -0.3])
-    x_g, e, t = (
-        m + s * torch.randn(n, 2, generator=rng),
-        torch.randn(n, 2, generator=rng),
-        draw_times(n, SID_LAW, rng=rng),
-    )
+    x_g, e = m + s * torch.randn(n, 2, generator=rng), torch.randn(n, 2, generator=rng)
+    t = draw_times(n, SID_LAW, rng=rng)
     x_t, a, b = add_noise(x_g, e, t), 1 - t[:, None], t[:, None]
     f_1, f_2 = a * x_t / ((a * s) ** 2 + b**2), b**2 / ((a * s) ** 2 + b**2)
     psi = torch.tensor([1.0, 0.0, 0.0], requires_grad=True)
@@ -720,7 +718,7 @@ def euler(net: Callable, steps: int) -> Callable[[Tensor], Tensor]:
     return lambda z: sid_fm.sample_ode(net, z, times=torch.linspace(1, 0, steps + 1))
 
 
-def mixture_of_steps(net: Callable, steps: int, noise: str = "fresh", seed: int = 0) -> Callable[[Tensor], Tensor]:
+def mixture_of_steps(net: Callable, steps: int, noise: str, seed: int) -> Callable[[Tensor], Tensor]:
     """What distillation matches to the teacher: the k-th output of a K-step run, k uniform."""
     rng = torch.Generator().manual_seed(seed)
 
@@ -731,9 +729,10 @@ def mixture_of_steps(net: Callable, steps: int, noise: str = "fresh", seed: int 
     return sampler
 
 
-def few_step(net: Callable, steps: int, noise: str = "fresh", seed: int = 0) -> Callable[[Tensor], Tensor]:
+def few_step(net: Callable, steps: int, noise: str = "fresh", seed: int = 0) -> Callable[..., Tensor]:
+    """sampler(z, cond)"""
     rng = torch.Generator().manual_seed(seed)
-    return lambda z: generate(net, z, steps=steps, noise=noise, rng=rng)
+    return lambda z, cond=None: generate(net, z, cond, steps, noise, rng=rng)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -836,33 +835,34 @@ def fit_decay(x: np.ndarray, y: np.ndarray) -> dict[str, Decay]:
     return fits
 
 
-def draw_convergence(out: Path, fisher: list[float], w2: dict[int, float], floor: float) -> dict[str, dict[str, Decay]]:
-    """Fisher estimate and sliced W2 against iterations, on log-log and on semilog axes, with both fits."""
-    plt = pyplot()
-    figure, axes = plt.subplots(2, 2, figsize=(10, 7), sharey="row")
+def plot_decay(axes: np.ndarray, name: str, x: np.ndarray, y: np.ndarray, falling: int, color: str) -> None:
+    """y against iterations x on log-log and on semilog axes, and both fits from the point `falling` on."""
+    fits = fit_decay(x[falling:], y[falling:])
+    for axis, scale, title in zip(axes, ("log", "linear"), ("log-log", "semilog")):
+        axis.plot(x, y, ".", color=color, markersize=7)
+        for (kind, fit), style in zip(fits.items(), ("--", "-")):
+            label = f"{kind} {fit.formula}  (rms log error {fit.error:.2f})"
+            axis.plot(x[falling:], fit.curve, style, color=INK, linewidth=1.3, label=label)
+        axis.set(xscale=scale, yscale="log", xlabel="iterations")
+        axis.set_title(f"{name}, {title}", loc="left")
+    if fits:
+        axes[1].legend(fontsize=8.5, loc="upper right")
+    report = "; ".join(f"{kind} {fit.formula}, rms log error {fit.error:.2f}" for kind, fit in fits.items())
+    print(f"    {name} after x iterations: {report}")
+
+
+def draw_convergence(out: Path, fisher: list[float], w2: dict[int, float], floor: float) -> None:
+    """Fisher estimate and sliced W2 of the one-step student against iterations."""
+    figure, axes = pyplot().subplots(2, 2, figsize=(10, 7), sharey="row")
     blocks = np.array_split(np.array(fisher), min(60, len(fisher)))
-    middle = np.cumsum([len(block) for block in blocks]) - len(blocks[0]) / 2
-    series = {
-        "Fisher estimate L1": (middle, np.array([np.median(block) for block in blocks]), GREEN),
-        "sliced W2": (np.array([*w2]), np.array([*w2.values()]), BLUE),
-    }
-    fits = {}
-    for row, (name, (x, y, color)) in zip(axes, series.items()):
-        falling = int(y[: len(y) // 4 + 1].argmax())  # the Fisher estimate first rises, as the fake network learns
-        fits[name] = fit_decay(x[falling:], y[falling:])
-        for axis, scale in zip(row, ("log", "linear")):
-            axis.plot(x, y, ".", color=color, markersize=7)
-            for (kind, fit), style in zip(fits[name].items(), ("--", "-")):
-                label = f"{kind} {fit.formula}  (rms log error {fit.error:.2f})"
-                axis.plot(x[falling:], fit.curve, style, color=INK, linewidth=1.3, label=label)
-            if name == "sliced W2":
-                axis.axhline(floor, color=GREY, linewidth=1.5, label="a fresh draw of data")
-            axis.set(xscale=scale, yscale="log", xlabel="iterations")
-        row[0].set_title(f"{name}, log-log", loc="left")
-        row[1].set_title(f"{name}, semilog", loc="left")
-        row[1].legend(fontsize=8.5, loc="upper right")
+    x, y = np.cumsum([len(block) for block in blocks]) - len(blocks[0]) / 2, np.array([*map(np.median, blocks)])
+    # The Fisher estimate first rises, as the fake network learns.
+    plot_decay(axes[0], "Fisher estimate L1", x, y, int(y[: len(y) // 4 + 1].argmax()), GREEN)
+    for axis in axes[1]:
+        axis.axhline(floor, color=GREY, linewidth=1.5, label="a fresh draw of data")
+    x, y = np.array([*w2]), np.array([*w2.values()])
+    plot_decay(axes[1], "sliced W2", x, y, int(y[: len(y) // 4 + 1].argmax()), BLUE)
     save(figure, out, "convergence.png")
-    return fits
 
 
 @torch.no_grad()
@@ -927,8 +927,6 @@ def workers(
     Yields submit(function, *args, **kwargs) -> Future, and tick(label) -> what a training loop calls after each
     iteration with the one number that matters.
     """
-    from tqdm import tqdm
-
     torch.set_num_threads(1)
     pool, stopped, lock = ThreadPoolExecutor(2), threading.Event(), threading.Lock()
     bar = tqdm(total=iters, desc=title, unit="it", mininterval=0.5, smoothing=0.05, leave=False)
@@ -1027,9 +1025,7 @@ def run(args: argparse.Namespace) -> None:
     panels |= {f"{k}-step student": samples[f"{names[args.loss, k]}, {plural(k)}"] for k in sorted({1, args.steps})}
     draw_samples(args.out, panels)
     draw_flow(args.out, teacher, student)
-    for name, fits in draw_convergence(args.out, fisher, w2, table["data, a fresh draw"]["w2"]).items():
-        report = "; ".join(f"{kind} {fit.formula}, rms log error {fit.error:.2f}" for kind, fit in fits.items())
-        print(f"    {name} of the one-step student after x iterations: {report}")
+    draw_convergence(args.out, fisher, w2, table["data, a fresh draw"]["w2"])
 
 
 def sweep(args: argparse.Namespace) -> None:

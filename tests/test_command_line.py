@@ -454,6 +454,20 @@ def test_teacher_and_student_sample_in_their_own_ways(pipeline, run, monkeypatch
         assert guidance == 4.5
 
 
+def test_a_prompt_with_dollars_is_no_formula(tmp_path):
+    prompts = ["a price tag, was $20, 50% off, now $10", '"$5 & up", "$10 & up"']
+    sid_fm.draw_samples(tmp_path / "grid.png", {"student": [np.zeros((8, 8, 3), np.uint8)] * 2}, prompts)
+    assert pixels(tmp_path / "grid.png").ndim == 3
+
+
+def test_a_byte_order_mark_is_no_part_of_a_prompt(tmp_path):
+    (tmp_path / "prompts.txt").write_text("a red fox\ntwo ships\n", encoding="utf-8-sig")
+    assert sid_fm.read_inputs(SimpleNamespace(prompts=tmp_path / "prompts.txt", data=None))[0] == [
+        "a red fox",
+        "two ships",
+    ]
+
+
 def test_the_last_line_samples_from_what_was_made(pipeline, run, undrawn, capsys, monkeypatch, tmp_path):
     run(pipeline("sana"), *SHORT, "--steps", 2, "--out", tmp_path / "run")
     python, script, *command = shlex.split(capsys.readouterr().out.splitlines()[-1])

@@ -105,6 +105,11 @@ def test_distilled_adapters_are_merged_and_open_in_diffusers(name, tmp_path):
     assert (v - teacher(x_t, t, cond)).abs().max() > 1e-3
     sid_fm.save_student(student, None, tmp_path / "student")
     sid_fm.save_student(teacher, None, tmp_path / "teacher")
+    assert (tmp_path / "student" / "pytorch_lora_weights.safetensors").is_file()
+    sid_fm.save_student(teacher, None, tmp_path / "again")
+    sid_fm.save_student(student, None, tmp_path / "again")
+    sid_fm.save_student(teacher, None, tmp_path / "again")
+    assert not (tmp_path / "again" / "pytorch_lora_weights.safetensors").exists()  # another student's
     kind = type(teacher)
     merged = sid_fm.fill_part(*sid_fm.open_part(kind, tmp_path / "student"), "cpu", torch.float32)
     torch.testing.assert_close(merged(x_t, t, cond), v, rtol=1e-4, atol=1e-5)
@@ -433,6 +438,9 @@ def refused(capsys, arguments, status=2):
 def test_resuming_what_cannot_be_resumed(command, quiet, capsys, tmp_path):
     assert "holds no state" in refused(capsys, command("none", "--resume"))
     sid_fm.main(command("run"))
+    log = (tmp_path / "run" / "log.jsonl").read_text()
+    assert "holds the state of a run" in refused(capsys, command("run"))  # --resume forgotten: nothing of it is lost
+    assert (tmp_path / "run" / "log.jsonl").read_text() == log and log
     assert "--alpha was 1.0" in refused(capsys, command("run", "--resume", "--alpha", 0.5))
     notes = tmp_path / "run" / "state" / "state.json"
     notes.write_text(notes.read_text().replace('"processes": 1', '"processes": 3'))
