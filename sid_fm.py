@@ -2629,7 +2629,10 @@ class Cache:
         from safetensors.torch import load_file
 
         rows = [load_file(self.files[item]) for item in items]
-        return {name: torch.cat([row[name] for row in rows]).to(self.device) for name in rows[0]}
+        batch = {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
+        if self.device == "cuda":  # from pinned memory the host need not wait for the copy
+            batch = {name: x.pin_memory() for name, x in batch.items()}
+        return {name: x.to(self.device, non_blocking=self.device == "cuda") for name, x in batch.items()}
 
 
 def encode_once(
