@@ -75,12 +75,10 @@ def draw_scenes(n: int, rng: torch.Generator) -> Scenes:
     colour[:, 1] = (colour[:, 0] + torch.where(kind == 1, 0, 1 + draw(len(COLOURS) - 1, n))) % len(COLOURS)
     shape[:, 1] = torch.where(kind == 1, shape[:, 0], shape[:, 1])
     radius, place = torch.tensor(RADII)[draw(2, n, 2)], draw(PLACES, n, 2, 2)
-    # Two objects are in different columns, or in different rows: the first place leaves room for the second.
-    u = torch.rand(n, 2, generator=rng)
-    first = (u[:, 0] * (PLACES - 1)).long()
-    second = first + 1 + (u[:, 1] * (PLACES - 1 - first)).long()
+    # Two objects stand side by side in a row, or one above the other in a column.
     rows, two = torch.arange(n), kind[:, None] > 0
-    place[rows, :, axis] = torch.where(two, torch.stack([first, second], 1), place[rows, :, axis])
+    place[:, 1] = torch.where(two, place[:, 0], place[:, 1])
+    place[rows, :, axis] = torch.where(two, torch.arange(2), place[rows, :, axis])
     relation = torch.where(kind == 2, axis, -1)
     return Scenes(1 + (kind > 0).long(), relation, colour, shape, radius, CELL // 2 + CELL * place)
 
