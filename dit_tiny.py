@@ -34,7 +34,7 @@ from sid_fm import (
     number,
     write_json,
 )
-from toy_2d import BLUE, GREY, INK, RED, cosine, few_step, plot_decay, plural, save, workers
+from toy_2d import BLUE, GREY, INK, RED, TITLES, cosine, few_step, plot_decay, plural, save, workers
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Pictures and captions
@@ -75,10 +75,12 @@ def draw_scenes(n: int, rng: torch.Generator) -> Scenes:
     colour[:, 1] = (colour[:, 0] + torch.where(kind == 1, 0, 1 + draw(len(COLOURS) - 1, n))) % len(COLOURS)
     shape[:, 1] = torch.where(kind == 1, shape[:, 0], shape[:, 1])
     radius, place = torch.tensor(RADII)[draw(2, n, 2)], draw(PLACES, n, 2, 2)
-    # Two objects stand side by side in a row, or one above the other in a column.
+    # Two objects are in different columns, or in different rows: the first place leaves room for the second.
+    u = torch.rand(n, 2, generator=rng)
+    first = (u[:, 0] * (PLACES - 1)).long()
+    second = first + 1 + (u[:, 1] * (PLACES - 1 - first)).long()
     rows, two = torch.arange(n), kind[:, None] > 0
-    place[:, 1] = torch.where(two, place[:, 0], place[:, 1])
-    place[rows, :, axis] = torch.where(two, torch.arange(2), place[rows, :, axis])
+    place[rows, :, axis] = torch.where(two, torch.stack([first, second], 1), place[rows, :, axis])
     relation = torch.where(kind == 2, axis, -1)
     return Scenes(1 + (kind > 0).long(), relation, colour, shape, radius, CELL // 2 + CELL * place)
 
@@ -241,16 +243,16 @@ EMBEDDING = EMBEDDING.view(LENGTH, len(WORDS), WIDTH) * WIDTH**0.5
 BLOCK, CHANNELS = 6, 12  # a latent pixel stands for BLOCK x BLOCK pixels
 SHAPE = (CHANNELS, SIZE // BLOCK, SIZE // BLOCK)
 
-HEADS = {"num_attention_heads": 6, "attention_head_dim": 16}
+HEADS = {"num_attention_heads": 4, "attention_head_dim": 16}
 # fmt: off
 NETWORKS = {  # the pipeline whose network it is, and its configuration
-    "mmdit": (sid_fm.SD3, HEADS | {  # sample_size spreads the table of positions, for 2 x 2 tokens to be far apart in it
-        "patch_size": 2, "in_channels": CHANNELS, "num_layers": 4, "joint_attention_dim": WIDTH,
-        "pooled_projection_dim": WIDTH, "pos_embed_max_size": SHAPE[1] // 2, "sample_size": 4 * SHAPE[1]}),
-    "sana": (sid_fm.SANA, {
-        "num_attention_heads": 4, "attention_head_dim": 16, "num_cross_attention_heads": 4, "patch_size": 1,
-        "in_channels": CHANNELS, "out_channels": CHANNELS, "num_layers": 4, "caption_channels": WIDTH,
-        "sample_size": SHAPE[1]}),
+    "mmdit": (sid_fm.SD3, {  # sample_size spreads the table of positions, for 2 x 2 tokens to be far apart in it
+        "num_attention_heads": 6, "attention_head_dim": 16, "patch_size": 2, "in_channels": CHANNELS, "num_layers": 4,
+        "joint_attention_dim": WIDTH, "pooled_projection_dim": WIDTH, "pos_embed_max_size": SHAPE[1] // 2,
+        "sample_size": 4 * SHAPE[1]}),
+    "sana": (sid_fm.SANA, HEADS | {
+        "patch_size": 2, "in_channels": CHANNELS, "out_channels": CHANNELS, "num_layers": 4,
+        "num_cross_attention_heads": 4, "caption_channels": WIDTH, "sample_size": SHAPE[1]}),
     "flux": (sid_fm.FLUX1, HEADS | {
         "in_channels": 4 * CHANNELS, "num_layers": 1, "num_single_layers": 3, "joint_attention_dim": WIDTH,
         "pooled_projection_dim": WIDTH, "axes_dims_rope": [4, 6, 6]}),
@@ -505,8 +507,9 @@ def draw_guidance(out: Path, teacher: dict[float, dict], students: dict[str, dic
     ):
         values, halves = zip(*(line[key] for line in teacher.values()))
         axis.errorbar([*teacher], values, halves, color=GREY, marker="o", capsize=3, label="teacher, 28 steps")
-        for (name, line), color in zip(students.items(), (BLUE, RED, INK)):
-            axis.errorbar([guidance], [line[key][0]], [line[key][1]], color=color, marker="s", capsize=3, label=name)
+        for i, (name, line) in enumerate(students.items(), 1):  # beside each other, to be told apart
+            style = {"color": (BLUE, RED, INK)[i - 1], "marker": "s", "capsize": 3, "label": name}
+            axis.errorbar([guidance + 0.12 * i], [line[key][0]], [line[key][1]], **style)
         axis.set(xlabel="guidance", ylabel=label)
     axes[0].legend(fontsize=8.5)
     save(figure, out, "guidance.png")
@@ -527,7 +530,7 @@ def run(args: argparse.Namespace) -> None:
     )
     options = {name: getattr(args, name) for name in ("loss", "alpha", "weight", "noise", "guidance", "lora")}
     free, one, aided = (
-        f"{args.loss.upper()} {name}" for name in (f"{args.steps}-step", "one-step", f"{args.steps}-step data-aided")
+        f"{TITLES[args.loss]} {name}" for name in (f"{args.steps}-step", "one-step", f"{args.steps}-step data-aided")
     )
     third = args.iters // 3  # of the iterations continue data-aided, while the one-step student has all
     with workers("distilling", args.iters * 2) as (submit, tick):
@@ -644,14 +647,14 @@ def parse() -> argparse.Namespace:
     add("--guidance", type=number(float), default=1.0, help="of the teacher, and in distillation (%(default)s)")
     add("--lora", type=number(int, 1), metavar="RANK", help="students as low-rank adapters on the teacher")
     add("--teacher-iters", type=number(int, 1), help="of the teacher's training (4500; with --quick 900)")
-    add("--iters", type=number(int, 3), help="of distillation (1500; with --quick 150)")
+    add("--iters", type=number(int, 3), help="of distillation (2000; with --quick 150)")
     add("--samples", type=number(int, 100), help="a row of the table (1000; with --quick 200)")
     add("--seed", type=number(int, 0), default=0, help="fixes everything (%(default)s)")
     add("--out", type=Path, default=Path("runs/dit_tiny"), help="folder of weights and figures (%(default)s)")
     add("--quick", action="store_true", help="a short run")
     args = parser.parse_args()
     args.teacher_iters = args.teacher_iters or (900 if args.quick else 4500)
-    args.iters = args.iters or (150 if args.quick else 1500)
+    args.iters = args.iters or (150 if args.quick else 2000)
     args.samples = args.samples or (200 if args.quick else 1000)
     return args
 

@@ -739,6 +739,7 @@ def few_step(net: Callable, steps: int, noise: str = "fresh", seed: int = 0) -> 
 # Figures
 # ----------------------------------------------------------------------------------------------------------------------
 
+TITLES = {"sid": "SiD", "dmd": "DMD"}  # of the losses
 INK, GREY, BLUE, RED, GREEN, GOLD = "#1f2430", "#8b95a1", "#2f6fb3", "#c8453b", "#3a8f5c", "#c08a1e"
 
 
@@ -981,7 +982,7 @@ def run(args: argparse.Namespace) -> None:
     print(f"  teacher trained on the {args.path} path ({time.perf_counter() - start:.0f} s)")
     data = mixture.sample(len(z), torch.Generator().manual_seed(args.seed + 2000))
     kinds = dict.fromkeys([(args.loss, args.steps), (args.loss, 1), ("dmd" if args.loss == "sid" else "sid", 1)])
-    names = {(loss, steps): f"{loss.upper()} {steps}-step student*" for loss, steps in kinds}
+    names = {(loss, steps): f"{TITLES[loss]} {steps}-step student*" for loss, steps in kinds}
     options = {"alpha": args.alpha, "weight": args.weight, "noise": args.noise}
 
     def row(sampler: Callable[[Tensor], Tensor]) -> tuple[Tensor, dict]:

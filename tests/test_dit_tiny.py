@@ -185,8 +185,8 @@ def test_the_whole_of_it_in_miniature(monkeypatch, tmp_path, capsys):
     table = results["table"]
     assert table["data"]["all"][0] == 1
     for student, teacher in {
-        "SID one-step, 1 step": "teacher, 1 step",
-        "SID 4-step, 4 steps": "teacher, 1 step",
+        "SiD one-step, 1 step": "teacher, 1 step",
+        "SiD 4-step, 4 steps": "teacher, 1 step",
     }.items():
         assert table[student]["colour"][0] > table[teacher]["colour"][0] + table[student]["colour"][1]
         assert table[student]["frechet"][0] < table[teacher]["frechet"][0]

@@ -184,10 +184,10 @@ def test_a_short_run_draws_and_tabulates_and_a_seed_fixes_it(monkeypatch, tmp_pa
     names = {"densities", "alpha", "samples", "convergence", "flow"}
     assert {file.name for file in (tmp_path / "a").iterdir()} == {f"{name}.png" for name in names} | {"results.json"}
     assert [row for row in tables[0] if "student" in row] == [
-        "SID 2-step student*, 1 step",
-        "SID 2-step student*, 2 steps",
-        "SID 2-step student*, all its outputs",
-        "SID 1-step student*, 1 step",
+        "SiD 2-step student*, 1 step",
+        "SiD 2-step student*, 2 steps",
+        "SiD 2-step student*, all its outputs",
+        "SiD 1-step student*, 1 step",
         "DMD 1-step student*, 1 step",
     ]
     assert "averaged over the last 30% of 20 iterations" in capsys.readouterr().out
