@@ -606,7 +606,8 @@ def distill(
 # Constructors take the keys of a checkpoint's config.json; modules carry the names of its tensors, so that loading is
 # load_state_dict and saving its inverse. What never varies among the checkpoints is no option but a line of FIXED, which
 # the loader holds a config against. As in the original networks, time embeddings, norms' statistics, rotations and
-# linear attention are computed in float32 whatever the dtype of the weights.
+# linear attention are computed in float32 whatever the dtype of the rest. Weights may be wider than the products that they
+# enter, as a student's are (chapter 8): each layer casts its own.
 
 
 def widen(x: Tensor) -> Tensor:
@@ -619,6 +620,20 @@ def sinusoidal(t: Tensor) -> Tensor:
     rates = torch.exp(-math.log(10000) * torch.arange(128, device=t.device, dtype=torch.float32) / 128)
     angles = t[:, None].float() * rates
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
+
+
+class Linear(nn.Linear):
+    """x W^T + b in the dtype of x."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+
+
+class Conv2d(nn.Conv2d):
+    """A convolution in the dtype of x."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self._conv_forward(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
@@ -641,8 +656,9 @@ class RMSNorm(nn.Module):
             nn.init.zeros_(self.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = (x * torch.rsqrt(x.float().square().mean(-1, keepdim=True) + self.eps)).to(self.weight.dtype) * self.weight
-        return x if self.bias is None else x + self.bias
+        unit = torch.rsqrt(x.float().square().mean(-1, keepdim=True) + self.eps)
+        y = (x * unit).to(x.dtype) * self.weight.to(x.dtype)
+        return y if self.bias is None else y + self.bias.to(x.dtype)
 
 
 class PatchEmbed(nn.Module):
@@ -650,7 +666,7 @@ class PatchEmbed(nn.Module):
 
     def __init__(self, channels: int, dim: int, patch_size: int, max_size: int = 0, base_size: int = 0):
         super().__init__()
-        self.proj = nn.Conv2d(channels, dim, patch_size, patch_size)
+        self.proj = Conv2d(channels, dim, patch_size, patch_size)
         self.max_size, self.base_size = max_size, base_size
         if max_size:
             self.register_buffer("pos_embed", torch.empty(1, max_size**2, dim))
@@ -679,7 +695,7 @@ class PatchEmbed(nn.Module):
                 f"{rows} x {columns} patches: the table of positions has {self.max_size} x {self.max_size}"
             )
         table = self.pos_embed.unflatten(1, (self.max_size, self.max_size))[:, top : top + rows, left : left + columns]
-        return tokens + table.flatten(1, 2)
+        return tokens + table.flatten(1, 2).to(tokens.dtype)
 
 
 class Chain(nn.Sequential):
@@ -691,7 +707,7 @@ class Chain(nn.Sequential):
 
 def embedder(dim_in: int, dim: int, activation: nn.Module | None = None) -> Chain:
     """linear, activation, linear: of time, guidance, pooled text, captions."""
-    return Chain(linear_1=nn.Linear(dim_in, dim), act=activation or nn.SiLU(), linear_2=nn.Linear(dim, dim))
+    return Chain(linear_1=Linear(dim_in, dim), act=activation or nn.SiLU(), linear_2=Linear(dim, dim))
 
 
 class Conditioning(nn.Module):
@@ -703,8 +719,7 @@ class Conditioning(nn.Module):
         self.guidance_embedder = embedder(256, dim) if guidance else None
         self.text_embedder = embedder(pooled_dim, dim) if pooled_dim else None
 
-    def forward(self, t: Tensor, guidance: Tensor | None, pooled: Tensor | None) -> Tensor:
-        dtype = self.timestep_embedder.linear_1.weight.dtype
+    def forward(self, t: Tensor, guidance: Tensor | None, pooled: Tensor | None, dtype: torch.dtype) -> Tensor:
         c = self.timestep_embedder(sinusoidal(t).to(dtype))
         if self.guidance_embedder is not None:
             c = c + self.guidance_embedder(sinusoidal(guidance).to(dtype))
@@ -716,15 +731,15 @@ class Modulation(nn.Module):
 
     def __init__(self, dim: int, n: int):
         super().__init__()
-        self.n, self.linear = n, nn.Linear(dim, n * dim)
+        self.n, self.linear = n, Linear(dim, n * dim)
 
     def forward(self, c: Tensor) -> tuple[Tensor, ...]:
         return self.linear(F.silu(c))[:, None].chunk(self.n, dim=-1)
 
 
 def feed_forward(dim: int) -> Chain:
-    wide = Chain(proj=nn.Linear(dim, 4 * dim), act=nn.GELU("tanh"))
-    return Chain(net=nn.Sequential(wide, nn.Identity(), nn.Linear(4 * dim, dim)))
+    wide = Chain(proj=Linear(dim, 4 * dim), act=nn.GELU("tanh"))
+    return Chain(net=nn.Sequential(wide, nn.Identity(), Linear(4 * dim, dim)))
 
 
 def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
@@ -749,12 +764,12 @@ class JointAttention(nn.Module):
     ):
         super().__init__()
         self.heads = heads
-        self.to_q, self.to_k, self.to_v = (nn.Linear(dim, dim) for _ in range(3))
-        self.to_out = nn.ModuleList([nn.Linear(dim, dim)]) if out else None
+        self.to_q, self.to_k, self.to_v = (Linear(dim, dim) for _ in range(3))
+        self.to_out = nn.ModuleList([Linear(dim, dim)]) if out else None
         self.norm_q, self.norm_k = norm(dim // heads), norm(dim // heads)
         if context:
-            self.add_q_proj, self.add_k_proj, self.add_v_proj = (nn.Linear(dim, dim) for _ in range(3))
-            self.to_add_out = None if last else nn.Linear(dim, dim)
+            self.add_q_proj, self.add_k_proj, self.add_v_proj = (Linear(dim, dim) for _ in range(3))
+            self.to_add_out = None if last else Linear(dim, dim)
             self.norm_added_q, self.norm_added_k = norm(dim // heads), norm(dim // heads)
 
     def forward(
@@ -821,6 +836,12 @@ class Backbone(nn.Module):
 
     FIXED: ClassVar = {}
     guidance = 1.0
+    compute: torch.dtype | None = None
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of activations and products: the weights' own, unless compute_in (chapter 8) set another."""
+        return self.compute or self.proj_out.weight.dtype
 
     def guidance_of(self, cond: dict, t: Tensor) -> Tensor:
         return cond["guidance"] if "guidance" in cond else torch.full_like(t, self.guidance)
@@ -861,26 +882,32 @@ class MMDiT(Backbone):
         self.patch_size, self.max_size = patch_size, pos_embed_max_size
         self.pos_embed = PatchEmbed(in_channels, dim, patch_size, pos_embed_max_size, sample_size // patch_size)
         self.time_text_embed = Conditioning(dim, pooled_projection_dim)
-        self.context_embedder = nn.Linear(joint_attention_dim, dim)
+        self.context_embedder = Linear(joint_attention_dim, dim)
         self.transformer_blocks = nn.ModuleList(
             JointBlock(dim, num_attention_heads, norm, i in dual_attention_layers, i == num_layers - 1)
             for i in range(num_layers)
         )
         self.norm_out = Modulation(dim, 2)
-        self.proj_out = nn.Linear(dim, patch_size**2 * in_channels)
+        self.proj_out = Linear(dim, patch_size**2 * in_channels)
 
     def forward(self, x_t: Tensor, t: Tensor, cond: dict, features: bool = False):
-        dtype = self.proj_out.weight.dtype
-        x = self.pos_embed(x_t.to(dtype))
-        text = self.context_embedder(cond["text"].to(dtype))
-        c = self.time_text_embed(1000 * t, None, cond["pooled"])
+        x = self.pos_embed(x_t.to(self.dtype))
+        text = self.context_embedder(cond["text"].to(self.dtype))
+        c = self.time_text_embed(1000 * t, None, cond["pooled"], self.dtype)
         for block in self.transformer_blocks:
             x, text = block(x, text, c)
         scale, shift = self.norm_out(c)
         return self.velocity(modulate(x, shift, scale), x_t, features)
 
 
-FLUX_NORM = partial(nn.RMSNorm, eps=1e-6)
+class FluxNorm(nn.RMSNorm):
+    """torch's RMS norm, which rounds once, in the dtype of x."""
+
+    def __init__(self, dim: int):
+        super().__init__(dim, eps=1e-6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
 
 
 class SingleBlock(nn.Module):
@@ -889,9 +916,9 @@ class SingleBlock(nn.Module):
     def __init__(self, dim: int, heads: int):
         super().__init__()
         self.norm = Modulation(dim, 3)
-        self.attn = JointAttention(dim, heads, FLUX_NORM, out=False)
-        self.proj_mlp = nn.Linear(dim, 4 * dim)
-        self.proj_out = nn.Linear(5 * dim, dim)
+        self.attn = JointAttention(dim, heads, FluxNorm, out=False)
+        self.proj_mlp = Linear(dim, 4 * dim)
+        self.proj_out = Linear(5 * dim, dim)
 
     def forward(self, x: Tensor, c: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
         shift, scale, gate = self.norm(c)
@@ -939,23 +966,22 @@ class FLUX(Backbone):
         super().__init__()
         dim = num_attention_heads * attention_head_dim
         self.axes = tuple(axes_dims_rope)
-        self.x_embedder = nn.Linear(in_channels, dim)
-        self.context_embedder = nn.Linear(joint_attention_dim, dim)
+        self.x_embedder = Linear(in_channels, dim)
+        self.context_embedder = Linear(joint_attention_dim, dim)
         self.time_text_embed = Conditioning(dim, pooled_projection_dim, guidance_embeds)
         self.transformer_blocks = nn.ModuleList(
-            JointBlock(dim, num_attention_heads, FLUX_NORM) for _ in range(num_layers)
+            JointBlock(dim, num_attention_heads, FluxNorm) for _ in range(num_layers)
         )
         self.single_transformer_blocks = nn.ModuleList(
             SingleBlock(dim, num_attention_heads) for _ in range(num_single_layers)
         )
         self.norm_out = Modulation(dim, 2)
-        self.proj_out = nn.Linear(dim, in_channels)
+        self.proj_out = Linear(dim, in_channels)
 
     def forward(self, x_t: Tensor, t: Tensor, cond: dict, features: bool = False):
-        dtype = self.proj_out.weight.dtype
-        packed = F.pixel_unshuffle(x_t.to(dtype), 2)  # [B, 4 C, h / 2, w / 2]
-        x, text = self.x_embedder(packed.flatten(2).transpose(1, 2)), self.context_embedder(cond["text"].to(dtype))
-        c = self.time_text_embed(1000 * t, 1000 * self.guidance_of(cond, t), cond["pooled"])
+        packed = F.pixel_unshuffle(x_t.to(self.dtype), 2)  # [B, 4 C, h / 2, w / 2]
+        x, text = self.x_embedder(packed.flatten(2).transpose(1, 2)), self.context_embedder(cond["text"].to(self.dtype))
+        c = self.time_text_embed(1000 * t, 1000 * self.guidance_of(cond, t), cond["pooled"], self.dtype)
         rope = rope_table(*packed.shape[-2:], text.shape[1], self.axes, x.device)
         for block in self.transformer_blocks:
             x, text = block(x, text, c, rope)
@@ -975,9 +1001,9 @@ class SanaAttention(nn.Module):
     def __init__(self, dim: int, heads: int, qk_norm: bool, bias: bool):
         super().__init__()
         self.heads = heads
-        self.to_q, self.to_k, self.to_v = (nn.Linear(dim, dim, bias=bias) for _ in range(3))
+        self.to_q, self.to_k, self.to_v = (Linear(dim, dim, bias=bias) for _ in range(3))
         self.norm_q, self.norm_k = (RMSNorm(dim, eps=1e-5) if qk_norm else nn.Identity() for _ in range(2))
-        self.to_out = nn.ModuleList([nn.Linear(dim, dim)])
+        self.to_out = nn.ModuleList([Linear(dim, dim)])
 
     def forward(self, x: Tensor, text: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
         """x: [B, N, D], text: [B, L, D], mask: [B, 1, 1, L], true where there is text -> [B, N, D]"""
@@ -1005,9 +1031,9 @@ class MixFFN(nn.Module):
 
     def __init__(self, dim: int, hidden: int):
         super().__init__()
-        self.conv_inverted = nn.Conv2d(dim, 2 * hidden, 1)
-        self.conv_depth = nn.Conv2d(2 * hidden, 2 * hidden, 3, padding=1, groups=2 * hidden)
-        self.conv_point = nn.Conv2d(hidden, dim, 1, bias=False)
+        self.conv_inverted = Conv2d(dim, 2 * hidden, 1)
+        self.conv_depth = Conv2d(2 * hidden, 2 * hidden, 3, padding=1, groups=2 * hidden)
+        self.conv_point = Conv2d(hidden, dim, 1, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         y, gate = self.conv_depth(F.silu(self.conv_inverted(x))).chunk(2, dim=1)
@@ -1028,7 +1054,7 @@ class SanaBlock(nn.Module):
 
     def forward(self, x: Tensor, text: Tensor, mask: Tensor | None, c: Tensor, rows: int) -> Tensor:
         """x: [B, N, D], text: [B, L, D], mask: [B, 1, 1, L], c: [B, 6, D] -> [B, N, D]"""
-        shift, scale, gate, shift_mlp, scale_mlp, gate_mlp = (self.scale_shift_table + c).chunk(6, dim=1)
+        shift, scale, gate, shift_mlp, scale_mlp, gate_mlp = (self.scale_shift_table.to(c.dtype) + c).chunk(6, dim=1)
         x = torch.addcmul(x, gate, self.attn1(modulate(x, shift, scale)))
         x = x + self.attn2(x, text, mask)
         image = modulate(x, shift_mlp, scale_mlp).transpose(1, 2).unflatten(2, (rows, -1))
@@ -1071,7 +1097,7 @@ class SanaDiT(Backbone):
         self.time_embed = Conditioning(dim, guidance=True) if guidance_embeds else nn.Module()
         if not guidance_embeds:
             self.time_embed.emb = Conditioning(dim)
-        self.time_embed.linear = nn.Linear(dim, 6 * dim)
+        self.time_embed.linear = Linear(dim, 6 * dim)
         self.caption_projection = embedder(caption_channels, dim, nn.GELU("tanh"))
         self.caption_norm = RMSNorm(dim, eps=1e-5)
         self.transformer_blocks = nn.ModuleList(
@@ -1079,23 +1105,22 @@ class SanaDiT(Backbone):
             for _ in range(num_layers)
         )
         self.scale_shift_table = nn.Parameter(torch.empty(2, dim))
-        self.proj_out = nn.Linear(dim, patch_size**2 * in_channels)
+        self.proj_out = Linear(dim, patch_size**2 * in_channels)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         nn.init.normal_(self.scale_shift_table, std=self.scale_shift_table.shape[1] ** -0.5)
 
     def forward(self, x_t: Tensor, t: Tensor, cond: dict, features: bool = False):
-        dtype = self.proj_out.weight.dtype
-        x = self.patch_embed(x_t.to(dtype))
-        text = self.caption_norm(self.caption_projection(cond["text"].to(dtype)))
+        x = self.patch_embed(x_t.to(self.dtype))
+        text = self.caption_norm(self.caption_projection(cond["text"].to(self.dtype)))
         mask = cond["mask"][:, None, None].bool() if "mask" in cond else None
         embed = getattr(self.time_embed, "emb", self.time_embed)
-        c = embed(self.time_scale * t, self.guidance_scale * self.guidance_of(cond, t), None)
+        c = embed(self.time_scale * t, self.guidance_scale * self.guidance_of(cond, t), None, self.dtype)
         modulation = self.time_embed.linear(F.silu(c)).unflatten(1, (6, -1))
         for block in self.transformer_blocks:
             x = block(x, text, mask, modulation, x_t.shape[-2] // self.patch_size)
-        shift, scale = (self.scale_shift_table + c[:, None]).chunk(2, dim=1)
+        shift, scale = (self.scale_shift_table.to(c.dtype) + c[:, None]).chunk(2, dim=1)
         return self.velocity(modulate(x, shift, scale), x_t, features)
 
 
@@ -1677,7 +1702,8 @@ def random_part(kind: type[nn.Module], config: dict, device: str, dtype: torch.d
     with torch.device("meta"):
         net = build(kind, config).to(dtype)
     net = net.to_empty(device=device)
-    with torch.no_grad(), torch.random.fork_rng():
+    here = [torch.cuda.current_device()] if device == "cuda" else []
+    with torch.no_grad(), torch.random.fork_rng(here):
         torch.manual_seed(0)  # the same ones in every run
         for module in net.modules():
             if hasattr(module, "reset_parameters"):
@@ -1865,8 +1891,10 @@ class Teacher:
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
-        """Latents [B, C, h, w] to images in [-1, 1] (as far as the decoder keeps to it), [B, 3, H, W] in float32."""
-        return widen(self.vae.decode((latents / self.scale + self.shift).to(self.weights.dtype)))
+        """Latents [B, C, h, w] to images in [-1, 1] (as far as the decoder keeps to it), [B, 3, H, W] in float32. One at a
+        time: at 1024 x 1024 each takes more than a gigabyte on the way."""
+        z = (latents / self.scale + self.shift).to(self.weights.dtype)
+        return torch.cat([widen(self.vae.decode(one)) for one in z.split(1)])
 
     def latent_shape(self, resolution: int | tuple[int, int]) -> tuple[int, int, int]:
         """(C, h, w). Raises BadInput for a resolution that the networks can't take."""
@@ -1980,12 +2008,12 @@ class AdaptedLinear(nn.Module):
     """y = W x + b + B A x: a linear layer that is shared and frozen, and a low-rank adapter (arXiv 2106.09685) of float32
     on it. B starts at zero, so the adapted layer starts as the shared one."""
 
-    def __init__(self, shared: nn.Linear, rank: int):
+    def __init__(self, shared: Linear, rank: int):
         super().__init__()
         self.weight, self.bias = shared.weight, shared.bias
         options = {"device": shared.weight.device, "dtype": torch.promote_types(shared.weight.dtype, torch.float32)}
-        self.lora_A = nn.Linear(shared.in_features, rank, bias=False, **options)
-        self.lora_B = nn.Linear(rank, shared.out_features, bias=False, **options)
+        self.lora_A = Linear(shared.in_features, rank, bias=False, **options)
+        self.lora_B = Linear(rank, shared.out_features, bias=False, **options)
         nn.init.zeros_(self.lora_B.weight)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -2001,7 +2029,7 @@ def adapt(net: nn.Module, rank: int) -> nn.Module:
     for block in blocks_of(twin):
         for parent in [*block.modules()]:
             for name, layer in [*parent.named_children()]:
-                if type(layer) is nn.Linear:
+                if type(layer) is Linear:
                     setattr(parent, name, AdaptedLinear(layer, rank))
     return twin
 
@@ -2025,10 +2053,10 @@ def plain_weights(net: nn.Module) -> tuple[dict[str, Tensor], dict[str, Tensor]]
     if weights:
         for name, module in net.named_modules():
             if isinstance(module, AdaptedLinear):
-                A, B = (weights.pop(f"{name}.lora_{x}.weight").cpu() for x in "AB")
-                adapters |= {f"transformer.{name}.lora_A.weight": A, f"transformer.{name}.lora_B.weight": B}
+                A, B = (weights.pop(f"{name}.lora_{x}.weight") for x in "AB")
+                adapters |= {f"transformer.{name}.lora_A.weight": A.cpu(), f"transformer.{name}.lora_B.weight": B.cpu()}
                 W = weights[f"{name}.weight"]
-                weights[f"{name}.weight"] = (W.to(B) + B @ A).to(W)
+                weights[f"{name}.weight"] = (W.to(B) + B @ A).to("cpu", W.dtype)  # no second copy on the device
     return weights, adapters
 
 
@@ -2081,7 +2109,13 @@ def recompute_blocks(net: nn.Module) -> None:
     from torch.utils.checkpoint import checkpoint
 
     for block in blocks_of(net):
-        block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+
+        def forward(*inputs: object, original: Callable = block.forward):  # a frame that torch.compile can see
+            return checkpoint(
+                original, *inputs, use_reentrant=False, preserve_rng_state=False
+            )  # nothing is drawn there
+
+        block.forward = forward
 
 
 def compile_blocks(net: nn.Module) -> None:
@@ -2092,13 +2126,22 @@ def compile_blocks(net: nn.Module) -> None:
         block.compile()
 
 
-def compute_in(net: nn.Module, device: str, dtype: torch.dtype) -> None:
-    """Matrix products in dtype, whatever the weights'. Around each call, so that no rounded weight outlives an update."""
-    if dtype != torch.float32:
-        net.forward = torch.autocast(device, dtype)(net.forward)
+def compute_in(net: nn.Module, dtype: torch.dtype) -> None:
+    """Activations and products in dtype, whatever the weights': as a network of such weights computes, and as FSDP2 does."""
+    net.compute = dtype
 
 
 # Memory
+
+
+class FusedAttention(torch.autograd.Function):
+    """What fused attention keeps for its backward. (On the meta device torch would keep all N x N weights.)"""
+
+    @staticmethod
+    def forward(ctx, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        y = torch.empty_like(q)
+        ctx.save_for_backward(q, k, v, y)
+        return y
 
 
 def kept_by_autograd(net: nn.Module, x_t: Tensor, cond: dict) -> tuple[int, int]:
@@ -2124,10 +2167,15 @@ def kept_by_autograd(net: nn.Module, x_t: Tensor, cond: dict) -> tuple[int, int]
 
     hooks = [block.register_forward_pre_hook(enter) for block in blocks_of(net)]
     hooks += [block.register_forward_hook(leave) for block in blocks_of(net)]
-    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
-        net(x_t.requires_grad_(), x_t.new_empty(len(x_t)), cond)
-    for hook in hooks:
-        hook.remove()
+    attention = F.scaled_dot_product_attention
+    F.scaled_dot_product_attention = lambda q, k, v, mask=None: FusedAttention.apply(q, k, v)
+    try:
+        with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+            net(x_t.requires_grad_(), x_t.new_empty(len(x_t)), cond)
+    finally:
+        F.scaled_dot_product_attention = attention
+        for hook in hooks:
+            hook.remove()
 
     def size(*parts: dict) -> int:
         return sum(x.untyped_storage().nbytes() for x in {key: x for part in parts for key, x in part.items()}.values())
@@ -2151,9 +2199,12 @@ def memory_needed(
     copies: how often the frozen weights are held."""
     config = teacher.dit.config
     with torch.device("meta"):
-        net = build(teacher.family.backbone, config).to(dtype)
+        net = build(teacher.family.backbone, config)
         size = sum(p.numel() for p in net.parameters())
         count = sum(p.numel() for p in trained(adapt(net, rank) if rank else net))
+    if rank or world > 1:  # else weights are float32, and what products keep of them, in dtype, counts
+        net.to(dtype)
+    compute_in(net, dtype)
     width = config.get("joint_attention_dim") or config["caption_channels"]
     sizes = {name: (n, *[width] * len(rest)) for name, (n, *rest) in condition_shapes(teacher.family, tokens).items()}
     if "pooled" in sizes:
@@ -2196,10 +2247,12 @@ def processes() -> tuple[int, int]:
 def join(device: str) -> None:
     """Joins the processes that torchrun started, if it did. On CUDA each has a GPU of its own."""
     if "TORCHELASTIC_RUN_ID" in os.environ and processes()[1] == 1:
-        if device == "cuda":
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        own = torch.device(device, int(os.environ["LOCAL_RANK"])) if device == "cuda" else None
+        if own:
+            torch.cuda.set_device(own)
         # Long enough for the others to wait while the first process encodes all prompts and images.
-        torch.distributed.init_process_group("nccl" if device == "cuda" else "gloo", timeout=timedelta(days=1))
+        options = {"timeout": timedelta(days=1), "device_id": own}
+        torch.distributed.init_process_group("nccl" if own else "gloo", **options)
 
 
 def local(x: Tensor) -> Tensor:
@@ -2224,7 +2277,8 @@ def shard(
     twin = copy.deepcopy(net, memo)
     # Inputs keep their dtypes: times and rotations are float32 whatever the weights are.
     mixed = MixedPrecisionPolicy(compute, torch.float32 if compute else None, cast_forward_inputs=False)
-    options = {"mesh": init_device_mesh(device, (world,)), "mp_policy": mixed}
+    # Also the root lets go of what it gathered: a network that is frozen in one call is trained in the next.
+    options = {"mesh": init_device_mesh(device, (world,)), "mp_policy": mixed, "reshard_after_forward": True}
     for part in (*blocks_of(twin), twin):
         fully_shard(part, **options)
     twin.to_empty(device=device)
@@ -2256,7 +2310,7 @@ def three_networks(
         for net in (student, fake):
             for w in trained(net):
                 w.data = w.data.float()
-            compute_in(net, device, dtype)
+            compute_in(net, dtype)
     for net in (teacher.dit, student, fake):
         if recompute:
             recompute_blocks(net)
@@ -2828,10 +2882,9 @@ def prepare(args: argparse.Namespace, training: bool = False) -> Teacher:
     if args.guidance is None:
         args.guidance = 1.0 if outline.dit.config.get("guidance_embeds") else 4.5
     args.recompute = weigh(args, outline, dtype, training)
-    # Networks that processes share go to their devices in parts.
-    shared = training and processes()[1] > 1
-    teacher = load_teacher(args.teacher, "cpu" if shared else args.device, dtype, args.random_weights)
-    if shared:
+    # In training the network goes to its device when the text encoders have left it; where processes share it, in parts.
+    teacher = load_teacher(args.teacher, "cpu" if training else args.device, dtype, args.random_weights)
+    if training:
         teacher.weights = next(teacher.vae.to(args.device).parameters())
     args.resolution = args.resolution or teacher.resolution
     if args.instruction is not None:
@@ -2842,14 +2895,16 @@ def prepare(args: argparse.Namespace, training: bool = False) -> Teacher:
 def weigh(args: argparse.Namespace, outline: Teacher, dtype: torch.dtype, training: bool) -> bool:
     """Says what memory a run takes, by part, before anything is loaded. Raises BadInput where it is more than there is.
     Returns whether blocks must be recomputed for it to fit."""
+    world = processes()[1]
     count, have = sum(p.numel() for p in outline.dit.parameters()), device_memory(args.device)
     recompute, parts = False, {"weights": count * dtype.itemsize * (2 if args.student else 1)}
     if training:
         shape = (args.batch, *outline.latent_shape(args.resolution or outline.resolution))
-        world = processes()[1]
         # Adapters of all networks are on one copy, but where processes share them or the student starts elsewhere.
         copies = 1 if not args.lora else 3 if world > 1 else 1 + bool(args.student)
         parts = memory_needed(outline, shape, dtype, args.lora or 0, args.guidance, args.tokens, world, copies)
+        if args.accumulate > 1:  # until they are added up, at the last batch, each process has all of them
+            parts["gradients"] *= world
         recomputed = parts.pop("recomputed")
         recompute = sum(parts.values()) > 0.85 * have  # the rest is for what no formula sees
         if recompute:
@@ -2859,11 +2914,12 @@ def weigh(args: argparse.Namespace, outline: Teacher, dtype: torch.dtype, traini
     said = ", ".join(f"{name} {size / 1e9:.1f}" for name, size in parts.items()) + ", blocks recomputed" * recompute
     line = f"{args.teacher}, {count / 1e9:.2f} billion weights, takes {needed / 1e9:.1f} GB of memory in {args.dtype} "
     line += f"({said}) besides text encoders and autoencoder; {where} {have / 1e9:.1f} GB"
-    if needed > have:
+    if needed > 0.95 * have:  # CUDA itself takes some
         advice = {
             "--dtype bf16": args.dtype == "fp32",
             f"--batch 1 --accumulate {args.batch * args.accumulate}": training and args.batch > 1,
             "--lora 16": training and not args.lora,
+            f"--accumulate 1 --batch {args.batch * args.accumulate}": training and world > 1 and args.accumulate > 1,
             "more processes": training,
             "a smaller teacher": True,
         }
@@ -2946,6 +3002,8 @@ def train(args: argparse.Namespace) -> None:
     uncond = texts[[""]]
 
     # Three networks, two optimisers
+    if world == 1:
+        teacher.dit.to(args.device), start.to(args.device)
     torch.manual_seed(args.seed)  # of the adapters
     student, fake = three_networks(teacher, start, args.lora, args.device, args.recompute, args.compile)
     del start  # where processes share the networks, none keeps a whole one
@@ -3012,7 +3070,11 @@ def train(args: argparse.Namespace) -> None:
             last = done == args.iters
             if measure and (last or done % args.evaluate_every == 0):
                 measured["scores"], *_ = measure(few_step(student, steps, args.noise), "evaluation")
-                if measured["scores"]["cmmd"][0] < min(cmmds([*log, *waiting]), default=math.inf):
+                better = measured["scores"]["cmmd"][0] < min(cmmds([*log, *waiting]), default=math.inf)
+                better = torch.tensor(float(better), device=args.device)
+                if world > 1:  # one decides for all, as all must save together
+                    torch.distributed.broadcast(better, 0)
+                if better:
                     save_student(student, teacher, out / "student-best")
             waiting.append(measured)
             bar.update(each)

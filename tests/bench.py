@@ -189,9 +189,16 @@ class Bench:
         net = sid_fm.random_part(self.family.backbone, self.config, self.device, self.dtype)
         net = net if true else randomise(net, 0)
         self.ours = net, copy.deepcopy(net), copy.deepcopy(net)  # teacher, student, fake
-        self.theirs = tuple(map(self.on_diffusers, self.ours))
-        self.optimizers = self.adam(self.ours)
         self.difference = self.compare()
+        for trained in self.ours[1:]:  # in float32 under products in bf16, as a run has them
+            for w in trained.parameters():
+                w.data = w.data.float()
+            sid_fm.compute_in(trained, self.dtype)
+        self.theirs = tuple(map(self.on_diffusers, self.ours))
+        if true:
+            for trained in self.theirs[1:]:
+                trained.forward = torch.autocast(args.device, self.dtype)(trained.forward)
+        self.optimizers = self.adam(self.ours)
         if args.compile:
             for module in (*self.ours, *self.theirs):
                 module.compile()
@@ -207,10 +214,16 @@ class Bench:
         theirs.load_state_dict(net.state_dict(keep_vars=True), assign=True)
         return OnDiffusers(theirs.eval(), self.family.kind)
 
+    def outline(self, contestant: int) -> nn.Module:
+        """A contestant's network on the meta device."""
+        with torch.device("meta"):
+            net = sid_fm.build(self.family.backbone, self.config)
+        return self.on_diffusers(net) if contestant else net
+
     def adam(self, nets: tuple[nn.Module, ...]) -> tuple:
         """The student's and the fake network's, as the command line sets them."""
-        settings = {"lr": 1e-6, "betas": (0.0, 0.999), "eps": 1e-4 if self.device == "cuda" else 1e-8}
-        return tuple(torch.optim.Adam(n.parameters(), **settings, fused=self.device == "cuda") for n in nets[1:])
+        settings = {"lr": 1e-6, "betas": (0.0, 0.999), "eps": 1e-8, "fused": True}
+        return tuple(torch.optim.Adam(n.parameters(), **settings) for n in nets[1:])
 
     def inputs(self, batch: int, size: int, device: str) -> tuple[tuple[int, ...], dict, dict]:
         """shape of the latents, cond, uncond (one row)."""
@@ -239,7 +252,7 @@ class Bench:
         loop, optimizers = authors_order if contestant == 2 else sid_fm.distill, self.optimizers
         nets = self.theirs if contestant else self.ours
         if meta:
-            nets = tuple(copy.deepcopy(net).to("meta") for net in nets)
+            nets = tuple(self.outline(contestant) for _ in nets)
             optimizers = tuple(torch.optim.SGD(net.parameters()) for net in nets[1:])
         rng, seeds = torch.default_generator if meta else torch.Generator(device), {}
         for seed in range(100 * steps):  # seeds[k]: one with which the loop draws k

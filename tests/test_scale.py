@@ -86,7 +86,7 @@ def test_adapters_start_at_the_teacher_and_share_its_weights(name):
         own = {x.data_ptr() for x in sid_fm.trained(twin)}
         assert {x.data_ptr() for x in twin.parameters()} - own == {x.data_ptr() for x in net.parameters()}
         assert not own & {x.data_ptr() for x in net.parameters()}
-    linear = [m for b in sid_fm.blocks_of(net) for m in b.modules() if type(m) is torch.nn.Linear]
+    linear = [m for b in sid_fm.blocks_of(net) for m in b.modules() if type(m) is sid_fm.Linear]
     assert len(sid_fm.trained(twins[0])) == 2 * len(linear) > 0
 
 
@@ -134,28 +134,35 @@ def test_small_updates_are_kept_where_bf16_weights_lose_them():
     """Adam at a rate of 1e-5 with bf16 products: bf16 weights of order one stand still, float32 weights all move."""
     moved = {}
     for dtype in (torch.bfloat16, torch.float32):
-        net = torch.nn.Linear(64, 64).to(dtype)
+        net = sid_fm.Linear(64, 64).to(dtype)
         with torch.no_grad():
             net.weight.uniform_(0.5, 1)
         before = net.weight.detach().clone()
-        sid_fm.compute_in(net, "cpu", torch.bfloat16)
         optimizer = torch.optim.Adam(net.parameters(), lr=1e-5, betas=(0.0, 0.999), fused=True)
         for i in range(20):
-            y = net(torch.randn(8, 64, generator=torch.Generator().manual_seed(i)).to(dtype))
+            y = net(torch.randn(8, 64, generator=torch.Generator().manual_seed(i)).bfloat16())
             assert y.dtype == torch.bfloat16
             sid_fm.update(optimizer, [y.float().square().sum()])
         moved[dtype] = (net.weight != before).float().mean()
     assert moved[torch.bfloat16] == 0 and moved[torch.float32] > 0.99
 
 
-def test_weights_read_under_autocast_are_those_of_the_last_update():
-    net = network("sd3")
-    sid_fm.compute_in(net, "cpu", torch.bfloat16)
+@pytest.mark.parametrize("name", NETWORKS)
+def test_float32_weights_compute_in_bf16_what_bf16_weights_compute(name):
+    """A student starts as its bf16 teacher to the bit, and its gradients reach the float32 weights."""
+    teacher = network(name).bfloat16()
+    student = copy.deepcopy(teacher)
+    for w in student.parameters():
+        w.data = w.data.float()
+    sid_fm.compute_in(student, torch.bfloat16)
     x_t, t, cond = inputs(2)
-    first = net(x_t, t, cond)
+    (v, hidden), (v_teacher, hidden_teacher) = (net(x_t, t, cond, features=True) for net in (student, teacher))
+    assert torch.equal(v, v_teacher) and torch.equal(hidden, hidden_teacher) and v.dtype == torch.float32
+    v.square().sum().backward()
+    assert all(w.grad.dtype == torch.float32 for w in student.parameters() if w.grad is not None)
     with torch.no_grad():
-        net.proj_out.weight.mul_(2), net.proj_out.bias.mul_(2)
-    torch.testing.assert_close(net(x_t, t, cond), 2 * first)
+        student.proj_out.weight.mul_(2), student.proj_out.bias.mul_(2)
+    torch.testing.assert_close(student(x_t, t, cond), 2 * v)  # no rounded weight outlives an update
 
 
 @pytest.mark.parametrize("name", NETWORKS)
@@ -197,6 +204,11 @@ def test_memory_counts_every_copy_and_every_token():
     few = sid_fm.memory_needed(outline, shape, dtype, rank=4, tokens=3)["activations"]
     more = sid_fm.memory_needed(outline, shape, dtype, rank=4, tokens=6)["activations"]
     assert 1.005 * few < more < 1.1 * few  # 77 tokens of CLIP, and 16 of the image, stay
+    # Fused attention keeps no N x N weights: four times the tokens take four times the activations, not sixteen.
+    small, large = (sid_fm.memory_needed(outline, (1, 16, n, n), dtype, tokens=1)["activations"] for n in (64, 128))
+    weights_cast = sid_fm.memory_needed(outline, (1, 16, 2, 2), dtype, tokens=1)["activations"]
+    assert 3 < (large - weights_cast) / (small - weights_cast) < 4.2
+    assert 1.5 * 2 * weights < weights_cast < 2 * 2 * weights  # what products keep of float32 weights, in bf16
     cond = sid_fm.random_conditions(outline.family, ["a fox"], torch.empty(0), tokens=3)
     assert cond["text"].shape == (1, 77 + 3, 4096) and cond["pooled"].shape == (1, 2048)
 
@@ -216,7 +228,9 @@ def test_compiled_blocks_compute_the_same(family):
         if recomputed:
             sid_fm.recompute_blocks(twin)
         sid_fm.compile_blocks(twin)
+        torch._dynamo.utils.counters.clear()
         v = twin(x_t, t, cond)
+        assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
         torch.testing.assert_close(v, expected, rtol=1e-4, atol=1e-5)
         found = torch.autograd.grad(v.square().sum(), [x_t, *twin.parameters()], allow_unused=True)
         for a, b in zip(found, wanted):
@@ -293,7 +307,7 @@ def test_the_host_reads_nothing_in_an_iteration(name, data):
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def distilled(lora, shard=None, part=slice(None), rng=None):
+def distilled(lora, loss, shard=None, part=slice(None), rng=None):
     """Losses of 5 iterations in float64 and the student's weights after them; batches of 4 come twice an iteration."""
     teacher = network("sd3", torch.float64)
     torch.manual_seed(0)
@@ -301,30 +315,33 @@ def distilled(lora, shard=None, part=slice(None), rng=None):
     nets = [teacher, make(teacher), make(teacher)]
     if shard:
         nets = [shard(net) for net in nets]
-    options = {"part": part, "rng": rng, "accumulate": 2, "dtype": torch.float64}
+    options = {"part": part, "rng": rng, "accumulate": 2, "dtype": torch.float64, "loss": loss}
     measured = run_iterations(nets, [adam(net) for net in nets[1:]], 5, **options)
     losses = torch.stack([torch.stack([m["fake_loss"], m["fisher"], m["loss"]]) for m in measured])
     return losses, sid_fm.plain_weights(nets[1])[0], [m["images"] for m in measured]
 
 
-def one_of_two(rank, port, lora, folder):
+def one_of_two(rank, port, lora, loss, folder):
     os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "RANK": str(rank), "WORLD_SIZE": "2"}
     torch.distributed.init_process_group("gloo")
     rng = sid_fm.SharedGenerator()
     rng.rank, rng.world = rank, 2
     part = slice(2 * rank, 2 * rank + 2)
-    losses, weights, images = distilled(lora, lambda net: sid_fm.shard(net, "cpu"), part, rng.manual_seed(5))
+    losses, weights, images = distilled(lora, loss, lambda net: sid_fm.shard(net, "cpu"), part, rng.manual_seed(5))
     torch.distributed.all_reduce(losses)
     if rank == 0:
         torch.save((losses / 2, weights, images), folder / "result.pt")
     torch.distributed.destroy_process_group()
 
 
-@pytest.mark.parametrize("lora", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["full", "adapters"])
-def test_two_processes_equal_one(lora, tmp_path):
+@pytest.mark.parametrize(
+    "lora, loss",
+    [(False, "sid"), *(pytest.param(*case, marks=pytest.mark.slow) for case in ((True, "sid"), (False, "dmd")))],
+)
+def test_two_processes_equal_one(lora, loss, tmp_path):
     rng = sid_fm.SharedGenerator().manual_seed(5)
-    losses, weights, images = distilled(lora, rng=rng)
-    spawn(one_of_two, (29600 + random.randrange(300), lora, tmp_path), nprocs=2)
+    losses, weights, images = distilled(lora, loss, rng=rng)
+    spawn(one_of_two, (29600 + random.randrange(300), lora, loss, tmp_path), nprocs=2)
     theirs, their_weights, their_images = torch.load(tmp_path / "result.pt", weights_only=True)
     torch.testing.assert_close(theirs, losses, rtol=1e-9, atol=1e-9)
     assert images == their_images == [8, 16, 24, 32, 40]
