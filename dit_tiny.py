@@ -246,10 +246,9 @@ SHAPE = (CHANNELS, SIZE // BLOCK, SIZE // BLOCK)
 HEADS = {"num_attention_heads": 4, "attention_head_dim": 16}
 # fmt: off
 NETWORKS = {  # the pipeline whose network it is, and its configuration
-    "mmdit": (sid_fm.SD3, {  # sample_size spreads the table of positions, for 2 x 2 tokens to be far apart in it
-        "num_attention_heads": 6, "attention_head_dim": 16, "patch_size": 2, "in_channels": CHANNELS, "num_layers": 4,
-        "joint_attention_dim": WIDTH, "pooled_projection_dim": WIDTH, "pos_embed_max_size": SHAPE[1] // 2,
-        "sample_size": 4 * SHAPE[1]}),
+    "mmdit": (sid_fm.SD3, HEADS | {  # sample_size spreads the table of positions, for 2 x 2 tokens to be far apart in it
+        "patch_size": 2, "in_channels": CHANNELS, "num_layers": 4, "joint_attention_dim": WIDTH,
+        "pooled_projection_dim": WIDTH, "pos_embed_max_size": SHAPE[1] // 2, "sample_size": 4 * SHAPE[1]}),
     "sana": (sid_fm.SANA, HEADS | {
         "patch_size": 2, "in_channels": CHANNELS, "out_channels": CHANNELS, "num_layers": 4,
         "num_cross_attention_heads": 4, "caption_channels": WIDTH, "sample_size": SHAPE[1]}),
@@ -319,7 +318,7 @@ DROPPED = 0.1  # share of captions that the teacher's training replaces by the e
 TEACHER_LR = 5e-3
 # Learning rates of the student and of its fake network, which has to keep up; and p(t), for which few steps want a little
 # less noise than the authors' law has.
-FEW_STEPS, ONE_STEP, DATA_AIDED = (3e-4, 1.5e-3), (1e-3, 3e-3), (2e-4, 2e-3)
+FEW_STEPS, ONE_STEP, DATA_AIDED = (5e-4, 2e-3), (1e-3, 3e-3), (2e-4, 2e-3)
 FEW_STEP_LAW = (0.0, 1.6)
 
 
@@ -647,14 +646,14 @@ def parse() -> argparse.Namespace:
     add("--guidance", type=number(float), default=1.0, help="of the teacher, and in distillation (%(default)s)")
     add("--lora", type=number(int, 1), metavar="RANK", help="students as low-rank adapters on the teacher")
     add("--teacher-iters", type=number(int, 1), help="of the teacher's training (4500; with --quick 900)")
-    add("--iters", type=number(int, 3), help="of distillation (2000; with --quick 150)")
+    add("--iters", type=number(int, 3), help="of distillation (2400; with --quick 150)")
     add("--samples", type=number(int, 100), help="a row of the table (1000; with --quick 200)")
     add("--seed", type=number(int, 0), default=0, help="fixes everything (%(default)s)")
     add("--out", type=Path, default=Path("runs/dit_tiny"), help="folder of weights and figures (%(default)s)")
     add("--quick", action="store_true", help="a short run")
     args = parser.parse_args()
     args.teacher_iters = args.teacher_iters or (900 if args.quick else 4500)
-    args.iters = args.iters or (150 if args.quick else 2000)
+    args.iters = args.iters or (150 if args.quick else 2400)
     args.samples = args.samples or (200 if args.quick else 1000)
     return args
 
