@@ -2319,30 +2319,32 @@ def three_networks(
     return as_student(student), fake
 
 
-# State to resume from: state/ITERATION/RANK.safetensors, one a process, and state/state.json, which names the iteration.
-# That file is what makes a state: it is written when all others are, and only then the former ones go.
+# State to resume from: state/ITERATION/RANK-NETWORK.safetensors, of each process, and state/state.json, which names the
+# iteration. That file is what makes a state: it is written when all others are, and only then the former ones go.
 
 
-def state_of(nets: dict[str, nn.Module], optimizers: Iterable, rng: torch.Generator) -> dict[str, Tensor]:
-    """Trained weights, the optimizers' moments, the random state: this process's, by name."""
-    tensors = {"random.noise": rng.get_state()}
-    for (role, net), optimizer in zip(nets.items(), optimizers):
-        ours = {id(w) for group in optimizer.param_groups for w in group["params"]}
-        for name, w in net.named_parameters():
-            if id(w) in ours:
-                entries = {"": w.detach()} | {f":{key}": x for key, x in optimizer.state[w].items()}
-                tensors |= {f"{role}.{name}{key}": local(x).cpu().contiguous() for key, x in entries.items()}
+def state_of(net: nn.Module, optimizer: torch.optim.Optimizer, rng: torch.Generator) -> dict[str, Tensor]:
+    """Trained weights and the optimizer's moments, this process's, by name; and the random state."""
+    ours, tensors = {id(w) for group in optimizer.param_groups for w in group["params"]}, {":random": rng.get_state()}
+    for name, w in net.named_parameters():
+        if id(w) in ours:
+            entries = {"": w.detach()} | {f":{key}": x for key, x in optimizer.state[w].items()}
+            tensors |= {f"{name}{key}": local(x).cpu().contiguous() for key, x in entries.items()}
     return tensors
 
 
-def save_state(folder: Path, iteration: int, settings: dict, *state: object) -> None:
-    """Written beside what is there, which stays good until this is whole. state: the arguments of state_of."""
+def save_state(
+    folder: Path, iteration: int, settings: dict, nets: dict[str, nn.Module], optimizers: Iterable, rng: torch.Generator
+) -> None:
+    """Written beside what is there, which stays good until this is whole; a network at a time passes through the machine's
+    memory."""
     from safetensors.torch import save_file
 
     rank, world = processes()
     new = folder / f"{iteration:07d}"
     new.mkdir(parents=True, exist_ok=True)
-    write(new / f"{rank}.safetensors", partial(save_file, state_of(*state)))
+    for (role, net), optimizer in zip(nets.items(), optimizers):
+        write(new / f"{rank}-{role}.safetensors", partial(save_file, state_of(net, optimizer, rng)))
     if world > 1:
         torch.distributed.barrier()
     if rank == 0:
@@ -2367,24 +2369,26 @@ def load_state(folder: Path, settings: dict, nets: dict, optimizers: Iterable, r
     other = [f"--{key.replace('_', '-')} was {former.get(key)}" for key in settings if settings[key] != former.get(key)]
     if other:
         raise BadInput(f"--resume: the run in {folder.parent} had other settings: {', '.join(other)}")
-    file = folder / f"{notes['iteration']:07d}" / f"{rank}.safetensors"
-    try:
-        tensors = load_file(file)
-    except (OSError, SafetensorError) as error:
-        raise BadInput(f"{file} can't be read ({error}): leave --resume out to start again") from None
-    rng.set_state(tensors.pop("random.noise"))
-    weights = {f"{role}.{name}": w for role, net in nets.items() for name, w in net.named_parameters()}
-    optimizer_of = dict(zip(nets, optimizers))
-    with torch.no_grad():
-        for key, x in tensors.items():
-            name, _, entry = key.partition(":")
-            w, optimizer = weights[name], optimizer_of[name.partition(".")[0]]
-            if not entry:
-                local(w).copy_(x)
-            elif entry == "step":
-                optimizer.state[w][entry] = x.to(w.device if optimizer.defaults.get("fused") else "cpu")
-            else:
-                local(optimizer.state[w].setdefault(entry, torch.zeros_like(w))).copy_(x)
+    for (role, net), optimizer in zip(nets.items(), optimizers):
+        file, weights = (
+            folder / f"{notes['iteration']:07d}" / f"{rank}-{role}.safetensors",
+            dict(net.named_parameters()),
+        )
+        try:
+            tensors = load_file(file)
+        except (OSError, SafetensorError) as error:
+            raise BadInput(f"{file} can't be read ({error}): give another --out to start again") from None
+        rng.set_state(tensors.pop(":random"))
+        with torch.no_grad():
+            for key, x in tensors.items():
+                name, _, entry = key.partition(":")
+                w = weights[name]
+                if not entry:
+                    local(w).copy_(x)
+                elif entry == "step":
+                    optimizer.state[w][entry] = x.to(w.device if optimizer.defaults.get("fused") else "cpu")
+                else:
+                    local(optimizer.state[w].setdefault(entry, torch.zeros_like(w))).copy_(x)
     return notes["iteration"]
 
 

@@ -401,9 +401,10 @@ def assert_same_run(one, other):
     assert (one / "log.jsonl").read_text() == (other / "log.jsonl").read_text()
     notes = [json.loads((out / "state" / "state.json").read_text()) for out in (one, other)]
     assert notes[0] == notes[1] and notes[0]["iteration"] == 12
-    states = [load_file(out / "state" / "0000012" / "0.safetensors") for out in (one, other)]
-    assert states[0].keys() == states[1].keys() and any("exp_avg_sq" in key for key in states[0])
-    assert all(torch.equal(x, states[1][key]) for key, x in states[0].items())
+    for role in ("student", "fake"):
+        states = [load_file(out / "state" / "0000012" / f"0-{role}.safetensors") for out in (one, other)]
+        assert states[0].keys() == states[1].keys() and any("exp_avg_sq" in key for key in states[0])
+        assert all(torch.equal(x, states[1][key]) for key, x in states[0].items())
     assert [path.name for path in (other / "state").iterdir() if path.is_dir()] == ["0000012"]
 
 
@@ -463,7 +464,7 @@ def test_resuming_what_cannot_be_resumed(command, quiet, capsys, tmp_path):
     notes.write_text(notes.read_text().replace('"processes": 1', '"processes": 3'))
     assert "3 processes" in refused(capsys, command("run", "--resume"))
     notes.write_text(notes.read_text().replace('"processes": 3', '"processes": 1'))
-    file = tmp_path / "run" / "state" / "0000012" / "0.safetensors"
+    file = tmp_path / "run" / "state" / "0000012" / "0-fake.safetensors"
     file.write_bytes(file.read_bytes()[:1000])
     assert "can't be read" in refused(capsys, command("run", "--resume"))
 
@@ -527,7 +528,9 @@ def test_torchrun_distils_saves_and_resumes(command, tmp_path):
     out = tmp_path / "run"
     rows = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     assert [row["iteration"] for row in rows] == list(range(12)) and rows[-1]["images"] == 48
-    assert sorted(path.name for path in (out / "state" / "0000012").iterdir()) == ["0.safetensors", "1.safetensors"]
+    assert sorted(path.name for path in (out / "state" / "0000012").iterdir()) == [
+        f"{rank}-{role}.safetensors" for rank in (0, 1) for role in ("fake", "student")
+    ]
     student = diffusers.SanaTransformer2DModel.from_pretrained(out / "student")
     assert all(x.isfinite().all() for x in student.parameters())
     done = subprocess.run(
