@@ -24,16 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import sid_fm
-from sid_fm import (
-    add_noise,
-    draw_times,
-    fail,
-    flow_matching_loss,
-    make_folder,
-    noise_like,
-    number,
-    write_json,
-)
+from sid_fm import add_noise, draw_times, fail, flow_matching_loss, make_folder, noise_like, number, write_json
 from toy_2d import BLUE, GREY, INK, RED, TITLES, cosine, few_step, plot_decay, plural, save, workers
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -633,7 +633,8 @@ class Conv2d(nn.Conv2d):
     """A convolution in the dtype of x."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return self._conv_forward(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        return F.conv2d(x, self.weight.to(x.dtype), bias, self.stride, self.padding, self.dilation, self.groups)
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
@@ -2109,11 +2110,9 @@ def recompute_blocks(net: nn.Module) -> None:
     from torch.utils.checkpoint import checkpoint
 
     for block in blocks_of(net):
-
-        def forward(*inputs: object, original: Callable = block.forward):  # a frame that torch.compile can see
-            return checkpoint(
-                original, *inputs, use_reentrant=False, preserve_rng_state=False
-            )  # nothing is drawn there
+        # A frame that torch.compile can see. Blocks draw nothing, so that no random state need be kept.
+        def forward(*inputs: object, original: Callable = block.forward):
+            return checkpoint(original, *inputs, use_reentrant=False, preserve_rng_state=False)
 
         block.forward = forward
 
@@ -2370,10 +2369,8 @@ def load_state(folder: Path, settings: dict, nets: dict, optimizers: Iterable, r
     if other:
         raise BadInput(f"--resume: the run in {folder.parent} had other settings: {', '.join(other)}")
     for (role, net), optimizer in zip(nets.items(), optimizers):
-        file, weights = (
-            folder / f"{notes['iteration']:07d}" / f"{rank}-{role}.safetensors",
-            dict(net.named_parameters()),
-        )
+        weights = dict(net.named_parameters())
+        file = folder / f"{notes['iteration']:07d}" / f"{rank}-{role}.safetensors"
         try:
             tensors = load_file(file)
         except (OSError, SafetensorError) as error:
@@ -3075,8 +3072,8 @@ def train(args: argparse.Namespace) -> None:
             if measure and (last or done % args.evaluate_every == 0):
                 measured["scores"], *_ = measure(few_step(student, steps, args.noise), "evaluation")
                 better = measured["scores"]["cmmd"][0] < min(cmmds([*log, *waiting]), default=math.inf)
-                better = torch.tensor(float(better), device=args.device)
                 if world > 1:  # one decides for all, as all must save together
+                    better = torch.tensor(float(better), device=args.device)
                     torch.distributed.broadcast(better, 0)
                 if better:
                     save_student(student, teacher, out / "student-best")

@@ -730,9 +730,8 @@ def mixture_of_steps(net: Callable, steps: int, noise: str, seed: int) -> Callab
 
 
 def few_step(net: Callable, steps: int, noise: str = "fresh", seed: int = 0) -> Callable[..., Tensor]:
-    """sampler(z, cond)"""
-    rng = torch.Generator().manual_seed(seed)
-    return lambda z, cond=None: generate(net, z, cond, steps, noise, rng=rng)
+    """A student as sampler(z, cond), cond optional."""
+    return partial(sid_fm.few_step(net, steps, noise), rng=torch.Generator().manual_seed(seed))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -848,8 +847,8 @@ def plot_decay(axes: np.ndarray, name: str, x: np.ndarray, y: np.ndarray, fallin
         axis.set_title(f"{name}, {title}", loc="left")
     if fits:
         axes[1].legend(fontsize=8.5, loc="upper right")
-    report = "; ".join(f"{kind} {fit.formula}, rms log error {fit.error:.2f}" for kind, fit in fits.items())
-    print(f"    {name} after x iterations: {report}")
+        report = "; ".join(f"{kind} {fit.formula}, rms log error {fit.error:.2f}" for kind, fit in fits.items())
+        print(f"    {name} after x iterations: {report}")
 
 
 def draw_convergence(out: Path, fisher: list[float], w2: dict[int, float], floor: float) -> None:
