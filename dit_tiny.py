@@ -31,7 +31,8 @@ from toy_2d import BLUE, GREY, INK, RED, TITLES, cosine, few_step, plot_decay, p
 # Pictures and captions
 # ----------------------------------------------------------------------------------------------------------------------
 # One object ("red circle"), two alike ("two red circles"), or a pair of two colours in a relation ("red circle left of
-# blue square"), each in a cell of its own of a grid, so that a picture can be read back without error.
+# blue square"). Each stands near a place that the caption settles, and never over another, so that a picture can be read
+# back. Sizes and distances from the places are continuous: all pictures of a caption are one connected set.
 
 COLOURS = {"red": (0.84, 0.16, 0.16), "green": (0.13, 0.60, 0.30), "blue": (0.16, 0.35, 0.80)}
 PALETTE = torch.tensor([(0.96, 0.95, 0.92), *COLOURS.values()]) * 2 - 1  # the background, then the colours, in [-1, 1]
@@ -39,9 +40,10 @@ SHAPES = ("circle", "square", "triangle")
 RELATIONS = ("left of", "above")  # along x, along y
 KINDS = torch.tensor([0.4, 0.2, 0.4])  # how often: one object, two alike, a pair
 
-CELL, PLACES = 12, 2  # pixels a side of a cell; cells a side of a picture
-SIZE = CELL * PLACES  # pixels a side of a picture
-RADII = (4, 5)  # half the side of an object's box, in pixels
+SIZE = 24  # pixels a side of a picture
+RADII = (3.5, 4.5)  # half the side of an object's box, in pixels: from, to
+APART = 13  # pixels between the places of two objects
+JITTER = 1.5  # pixels: how far from its place an object may stand, along x and along y
 
 
 class Scenes(NamedTuple):
@@ -62,18 +64,28 @@ def draw_scenes(n: int, rng: torch.Generator) -> Scenes:
         return torch.randint(high, shape, generator=rng)
 
     kind = torch.multinomial(KINDS, n, replacement=True, generator=rng)
-    colour, shape, axis = draw(len(COLOURS), n, 2), draw(len(SHAPES), n, 2), draw(len(RELATIONS), n)
+    colour, shape = draw(len(COLOURS), n, 2), draw(len(SHAPES), n, 2)
     colour[:, 1] = (colour[:, 0] + torch.where(kind == 1, 0, 1 + draw(len(COLOURS) - 1, n))) % len(COLOURS)
     shape[:, 1] = torch.where(kind == 1, shape[:, 0], shape[:, 1])
-    radius, place = torch.tensor(RADII)[draw(2, n, 2)], draw(PLACES, n, 2, 2)
-    # Two objects are in different columns, or in different rows: the first place leaves room for the second.
-    u = torch.rand(n, 2, generator=rng)
-    first = (u[:, 0] * (PLACES - 1)).long()
-    second = first + 1 + (u[:, 1] * (PLACES - 1 - first)).long()
-    rows, two = torch.arange(n), kind[:, None] > 0
-    place[rows, :, axis] = torch.where(two, torch.stack([first, second], 1), place[rows, :, axis])
-    relation = torch.where(kind == 2, axis, -1)
-    return Scenes(1 + (kind > 0).long(), relation, colour, shape, radius, CELL // 2 + CELL * place)
+    count, relation = 1 + (kind > 0).long(), torch.where(kind == 2, draw(len(RELATIONS), n), -1)
+    return Scenes(count, relation, colour, shape, *place(count, relation, rng))
+
+
+def place(count: Tensor, relation: Tensor, rng: torch.Generator) -> tuple[Tensor, Tensor]:
+    """radius [n, 2], centre [n, 2, 2]. One object is near the middle; two are side by side, or one above the other, never
+    nearer than a pixel."""
+    n = len(count)
+    radius = RADII[0] + (RADII[1] - RADII[0]) * torch.rand(n, 2, generator=rng)
+    centre = SIZE / 2 + JITTER * (2 * torch.rand(n, 2, 2, generator=rng) - 1)
+    axis = (relation == RELATIONS.index("above")).long()
+    offset = torch.tensor([-APART / 2, APART / 2])
+    centre[torch.arange(n), :, axis] += torch.where(count[:, None] == 1, 0, offset)
+    return radius, centre
+
+
+def draw_again(scenes: Scenes, rng: torch.Generator) -> Scenes:
+    """Other pictures of the same captions."""
+    return Scenes(*scenes[:4], *place(scenes.count, scenes.relation, rng))
 
 
 def captions(scenes: Scenes) -> list[str]:
@@ -120,12 +132,14 @@ class Found(NamedTuple):
     picture: Tensor  # [m] index of the picture
     colour: Tensor  # [m] index of COLOURS
     shape: Tensor  # [m] index of SHAPES, or UNREADABLE
-    box: Tensor  # [m, 4] x0, x1, y0, y1 in pixels
+    radius: Tensor  # [m] pixels
+    centre: Tensor  # [m, 2] pixels: x, y
 
 
 def read_objects(pictures: Tensor) -> Found:
-    """Each pixel's nearest colour; connected pixels (of 8 neighbours) of one colour are an object; its bounding box
-    gives centre and radius, and of the shapes drawn there the one that overlaps most is read. No learned part.
+    """Each pixel's nearest colour; connected pixels (of 8 neighbours) of one colour are an object. How far the colours
+    there and at the edge are from the background's says how much of a pixel is covered. For each shape, the covered area
+    gives a radius and its centroid a centre; of the three so drawn the one that overlaps most is read. No learned part.
 
     pictures: [n, 3, SIZE, SIZE]
     """
@@ -136,27 +150,27 @@ def read_objects(pictures: Tensor) -> Found:
         label = spread  # the largest label of an object floods it
     picture, colour, y, x = label.nonzero(as_tuple=True)
     key = (picture * len(COLOURS) + colour) * (SIZE**2 + 1) + label[picture, colour, y, x].long()
-    key, member, area = key.unique(return_inverse=True, return_counts=True)
-
-    def extreme(value: Tensor, how: str) -> Tensor:
-        return torch.zeros_like(key).scatter_reduce(0, member, value, how, include_self=False)
-
-    box = torch.stack([extreme(x, "amin"), extreme(x, "amax") + 1, extreme(y, "amin"), extreme(y, "amax") + 1], 1)
-    key, box = key[area >= LEAST_AREA], box[area >= LEAST_AREA]
+    key, pixels = key.unique(return_counts=True)
+    key = key[pixels >= LEAST_AREA]
     picture, colour = key // (SIZE**2 + 1) // len(COLOURS), key // (SIZE**2 + 1) % len(COLOURS)
     mask = label[picture, colour] == (key % (SIZE**2 + 1))[:, None, None]
+    tint = PALETTE[1:] - PALETTE[0]
+    tint = (tint / tint.square().sum(1, keepdim=True))[colour]
+    covered = torch.einsum("mcyx,mc->myx", pictures[picture] - PALETTE[0][:, None, None], tint).clamp(0, 1)
+    edge = (F.max_pool2d(mask[:, None].float(), 3, 1, 1)[:, 0] > 0) & (nearest[picture] == 0)
+    covered = covered * (mask | edge)
+    area, grid = covered.sum((1, 2)), torch.arange(SIZE) + 0.5
+    centroid = torch.stack([covered.sum(1) @ grid, covered.sum(2) @ grid], 1) / area[:, None]
+    # Areas are pi r^2, (2 r)^2 and 2 r^2; a triangle's centroid lies r / 3 below the middle of its box.
+    radii = (area / torch.tensor([math.pi, 4, 2])[:, None]).sqrt()
+    centres = centroid - radii[..., None] * torch.tensor([[0, 0], [0, 0], [0, 1 / 3]])[:, None]
     overlap = []
     for shape in range(len(SHAPES)):
-        template = coverage(torch.full_like(picture, shape), *fit_box(box)) > 0.5
-        overlap.append((template & mask).sum((1, 2)) / (template | mask).sum((1, 2)))
+        template = coverage(torch.full_like(picture, shape), radii[shape], centres[shape])
+        overlap.append(torch.minimum(template, covered).sum((1, 2)) / torch.maximum(template, covered).sum((1, 2)))
     overlap, shape = torch.stack(overlap).max(0)
-    return Found(picture, colour, torch.where(overlap > LEAST_OVERLAP, shape, UNREADABLE), box)
-
-
-def fit_box(box: Tensor) -> tuple[Tensor, Tensor]:
-    """-> radius [m], centre [m, 2], in pixels"""
-    low, high = box[:, ::2], box[:, 1::2]
-    return (high - low).sum(1) / 4, (low + high) / 2
+    best = shape, torch.arange(len(shape))
+    return Found(picture, colour, torch.where(overlap > LEAST_OVERLAP, shape, UNREADABLE), radii[best], centres[best])
 
 
 def accuracy(found: Found, scenes: Scenes) -> dict[str, Tensor]:
@@ -168,11 +182,13 @@ def accuracy(found: Found, scenes: Scenes) -> dict[str, Tensor]:
     got.index_put_((found.picture, found.colour, found.shape), torch.tensor(1), accumulate=True)
     for i in range(2):
         asked[rows, scenes.colour[:, i], scenes.shape[:, i]] += (scenes.count > i).long()
-    box = torch.zeros(n, len(COLOURS), 4, dtype=torch.long).index_put_((found.picture, found.colour), found.box)
-    first, second = scenes.colour.unbind(1)
-    alone = (got.sum(2)[rows, first] == 1) & (got.sum(2)[rows, second] == 1)
-    axis, related = 2 * scenes.relation.clamp(min=0), scenes.relation >= 0
-    apart = alone & (box[rows, first, axis + 1] <= box[rows, second, axis])
+    span = torch.zeros(n, len(COLOURS), 3)  # of a colour that has one object: its centre and radius
+    span.index_put_((found.picture, found.colour), torch.cat([found.centre, found.radius[:, None]], 1))
+    first, second = (span[rows, scenes.colour[:, i]] for i in range(2))
+    alone = (got.sum(2)[rows[:, None], scenes.colour] == 1).all(1)
+    axis, related = scenes.relation.clamp(min=0), scenes.relation >= 0
+    distance = (second - first)[rows, axis]
+    apart = alone & (distance > first[:, 2]) & (distance > second[:, 2])  # neither's centre is beside the other
     return {
         "object": (got.sum(1) == asked.sum(1)).all(1).float(),
         "colour": ((got.sum(2) > 0) == (asked.sum(2) > 0)).all(1).float(),
@@ -183,23 +199,21 @@ def accuracy(found: Found, scenes: Scenes) -> dict[str, Tensor]:
 
 
 def where_drawn(found: Found, scenes: Scenes) -> Tensor:
-    """Size and place of the object, where one was asked for and one was found: indices of RADII and of places along x
-    and y, [n, 3]; -1 elsewhere."""
-    radius, centre = fit_box(found.box)
+    """Of the object, where one was asked for and one was found: is it larger than the middle size, right of the middle,
+    below it? 0 or 1, [n, 3]; -1 elsewhere."""
     one = ((scenes.count == 1) & (torch.bincount(found.picture, minlength=len(scenes.count)) == 1))[found.picture]
-    size = (radius > sum(RADII) / 2).long()
-    place = (centre / CELL).long()
     bins = torch.full((len(scenes.count), 3), -1)
-    bins[found.picture[one]] = torch.cat([size[:, None], place], 1)[one]
+    values = torch.cat([found.radius[:, None] > sum(RADII) / 2, found.centre > SIZE / 2], 1).long()
+    bins[found.picture[one]] = values[one]
     return bins
 
 
 def diversity(bins: Tensor, caption: Tensor) -> float:
-    """Bits: the entropies of size, x and y, summed, given the caption (one of 9), with Miller and Madow's correction for
-    finite samples. Uniform, they are 1 + 2 log2(PLACES). bins: from where_drawn, caption: [n]"""
+    """Bits: the entropies of the three answers, summed, given the caption (one of 9), with Miller and Madow's correction
+    for finite samples; 3 where all are even. bins: from where_drawn, caption: [n]"""
     drawn, bits = bins[:, 0] >= 0, 0.0
-    for values, count in zip(bins[drawn].T, (2, PLACES, PLACES)):
-        h = torch.bincount(caption[drawn] * count + values, minlength=9 * count).view(9, count).double()
+    for values in bins[drawn].T:
+        h = torch.bincount(caption[drawn] * 2 + values, minlength=18).view(9, 2).double()
         total = h.sum(1).clamp(min=1)
         entropy = torch.special.entr(h / total[:, None]).sum(1) + ((h > 0).sum(1) - 1).clamp(min=0) / (2 * total)
         bits += float(entropy.mean()) / math.log(2)
@@ -231,13 +245,13 @@ LENGTH, WIDTH = 5, 96  # of a caption, in words; of a word's embedding
 # Frozen, and by position: each word in each place has its own orthogonal direction, so that no two captions are alike.
 EMBEDDING = nn.init.orthogonal_(torch.empty(LENGTH * len(WORDS), WIDTH), generator=torch.Generator().manual_seed(7))
 EMBEDDING = EMBEDDING.view(LENGTH, len(WORDS), WIDTH) * WIDTH**0.5
-BLOCK, CHANNELS = 6, 12  # a latent pixel stands for BLOCK x BLOCK pixels
+BLOCK, CHANNELS = 4, 12  # a latent pixel stands for BLOCK x BLOCK pixels
 SHAPE = (CHANNELS, SIZE // BLOCK, SIZE // BLOCK)
 
 HEADS = {"num_attention_heads": 4, "attention_head_dim": 16}
 # fmt: off
 NETWORKS = {  # the pipeline whose network it is, and its configuration
-    "mmdit": (sid_fm.SD3, HEADS | {  # sample_size spreads the table of positions, for 2 x 2 tokens to be far apart in it
+    "mmdit": (sid_fm.SD3, HEADS | {  # sample_size spreads the table of positions, for 3 x 3 tokens to be far apart in it
         "patch_size": 2, "in_channels": CHANNELS, "num_layers": 4, "joint_attention_dim": WIDTH,
         "pooled_projection_dim": WIDTH, "pos_embed_max_size": SHAPE[1] // 2, "sample_size": 4 * SHAPE[1]}),
     "sana": (sid_fm.SANA, HEADS | {
@@ -307,10 +321,8 @@ class Autoencoder:
 BATCH = 64
 DROPPED = 0.1  # share of captions that the teacher's training replaces by the empty prompt
 TEACHER_LR = 5e-3
-# Learning rates of the student and of its fake network, which has to keep up; and p(t), for which few steps want a little
-# less noise than the authors' law has.
-FEW_STEPS, ONE_STEP, DATA_AIDED = (5e-4, 2e-3), (1e-3, 3e-3), (2e-4, 2e-3)
-FEW_STEP_LAW = (0.0, 1.6)
+# Learning rates of the student and of its fake network, which has to keep up.
+FEW_STEPS, ONE_STEP, DATA_AIDED = (3e-4, 2e-3), (1e-3, 3e-3), (1e-4, 1e-3)
 
 
 def draw_batch(autoencoder: Autoencoder, rng: torch.Generator) -> tuple[dict, Tensor]:
@@ -353,6 +365,7 @@ def train_teacher(
 
 class Distilled(NamedTuple):
     student: nn.Module  # the running mean of its weights
+    fake: nn.Module
     copies: dict[int, nn.Module]  # of the same, along the way
 
 
@@ -362,19 +375,20 @@ def distil(
     iters: int,
     seed: int,
     tick: Callable[[Tensor], None],
-    start: nn.Module | None = None,
+    start: Distilled | None = None,
     lora: int | None = None,
     **options,
 ) -> Distilled:
-    """One run of sid_fm.distill: data-free, or, from a student `start` on, data-aided; lora: the adapters' rank, if any."""
+    """One run of sid_fm.distill: data-free, or, from where `start` ended, data-aided; lora: the adapters' rank, if any."""
     make = partial(sid_fm.adapt, rank=lora) if lora else copy.deepcopy
     teacher = copy.deepcopy(teacher)
-    student, fake = copy.deepcopy(start) if start else make(teacher), make(teacher)
+    student, fake = (
+        (copy.deepcopy(start.student), copy.deepcopy(start.fake)) if start else (make(teacher), make(teacher))
+    )
     average = torch.optim.swa_utils.AveragedModel(
         student, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.98)
     )
-    one = options["steps"] == 1
-    rates = DATA_AIDED if start else ONE_STEP if one else FEW_STEPS
+    rates = DATA_AIDED if start else ONE_STEP if options["steps"] == 1 else FEW_STEPS
     optimizers = [
         torch.optim.Adam(sid_fm.trained(net), lr=lr, betas=(0.0, 0.99), fused=True)
         for net, lr in zip((student, fake), rates)
@@ -390,8 +404,7 @@ def distil(
     # Data-aided, the fake network first catches up with the student that it is given.
     wait, alone = (BATCH * iters // 10, BATCH * iters // 5) if start else (0, 0)
     copies, marks = {}, {*np.geomspace(1, iters, 12).astype(int).tolist()}
-    options = {"law": sid_fm.SID_LAW if one else FEW_STEP_LAW, "iters": iters, "rng": rng} | options
-    options |= {"warmup": (wait, alone), "uncond": encode_text([""])}
+    options |= {"iters": iters, "rng": rng, "warmup": (wait, alone), "uncond": encode_text([""])}
     for measured in sid_fm.distill(teacher, student, fake, optimizers, batches(), (BATCH, *SHAPE), **options):
         schedules[1].step()
         if measured["images"] - BATCH >= wait:
@@ -402,7 +415,7 @@ def distil(
         if measured["iteration"] + 1 in marks:
             copies[measured["iteration"] + 1] = copy.deepcopy(average.module)
         tick(measured["fisher"])
-    return Distilled(average.module.requires_grad_(False), copies)
+    return Distilled(average.module.requires_grad_(False), fake, copies)
 
 
 def open_network(arch: str, folder: Path) -> nn.Module:
@@ -442,7 +455,9 @@ class Measure:
         self.texts, self.empty = captions(self.scenes), encode_text([""])
         self.cond = encode_text(self.texts)
         self.z = torch.randn(samples, *SHAPE, generator=torch.Generator().manual_seed(seed + 2000))
-        real = features(render(draw_scenes(20_000, torch.Generator().manual_seed(seed + 3000))))
+        # Against data as the autoencoder shows them: what it loses is no network's doing.
+        scenes = draw_scenes(20_000, torch.Generator().manual_seed(seed + 3000))
+        real = features(autoencoder.decode(autoencoder.encode(render(scenes))))
         self.mean, self.covariance = real.mean(0), real.T.cov()
 
     @torch.no_grad()
@@ -528,7 +543,7 @@ def run(args: argparse.Namespace) -> None:
 
         def both() -> tuple[Distilled, Distilled]:
             first = run_one(iters=args.iters - third, steps=args.steps)
-            return first, run_one(iters=max(1, third), steps=args.steps, start=first.student)
+            return first, run_one(iters=max(1, third), steps=args.steps, start=first)
 
         jobs = submit(both), submit(run_one, iters=args.iters, steps=1)
         (first, second), dedicated = (job.result() for job in jobs)
@@ -538,7 +553,12 @@ def run(args: argparse.Namespace) -> None:
     print(f"  {len(students)} students distilled ({time.perf_counter() - start:.0f} s)", flush=True)
 
     measure = Measure(autoencoder, args.samples, args.seed)
-    rows = {"data": ("-", lambda: (render(draw_scenes_like(measure.scenes, args.seed)), math.nan))}
+    rows = {
+        "data": (
+            "-",
+            lambda: (render(draw_again(measure.scenes, torch.Generator().manual_seed(args.seed + 4000))), math.nan),
+        )
+    }
     rows["data, through the autoencoder"] = (
         "-",
         lambda: (autoencoder.decode(autoencoder.encode(rows["data"][1]()[0])), math.nan),
@@ -595,24 +615,6 @@ def run(args: argparse.Namespace) -> None:
     print(f"  {seconds:.0f} s in all")
 
 
-def draw_scenes_like(scenes: Scenes, seed: int) -> Scenes:
-    """Fresh pictures of the same captions: sizes and places of other scenes of the same kinds."""
-    rng = torch.Generator().manual_seed(seed + 4000)
-    pool = draw_scenes(40 * len(scenes.count), rng)
-    radius, centre = scenes.radius.clone(), scenes.centre.clone()
-
-    def kind(s: Scenes) -> Tensor:  # pairs by their relation; two alike by the axis along which they keep apart
-        alike = ((s.centre[:, 0] - s.centre[:, 1]).abs()).argmax(1) + 3
-        return torch.where(s.count == 1, 0, torch.where(s.relation >= 0, s.relation + 1, alike))
-
-    mine, theirs = kind(scenes), kind(pool)
-    for k in mine.unique():
-        rows, source = (mine == k).nonzero()[:, 0], (theirs == k).nonzero()[:, 0]
-        chosen = source[torch.randint(len(source), (len(rows),), generator=rng)]
-        radius[rows], centre[rows] = pool.radius[chosen], pool.centre[chosen]
-    return scenes._replace(radius=radius, centre=centre)
-
-
 def print_table(table: dict[str, dict], args: argparse.Namespace) -> None:
     categories = ("all", "object", "colour", "count", "relation")
     print(f"\n{'':31}{'Frechet':>14}{'diversity':>13}" + "".join(f"{name:>11}" for name in categories) + "  s/1000")
@@ -637,14 +639,14 @@ def parse() -> argparse.Namespace:
     add("--guidance", type=number(float), default=1.0, help="of the teacher, and in distillation (%(default)s)")
     add("--lora", type=number(int, 1), metavar="RANK", help="students as low-rank adapters on the teacher")
     add("--teacher-iters", type=number(int, 1), help="of the teacher's training (4500; with --quick 900)")
-    add("--iters", type=number(int, 3), help="of distillation (2400; with --quick 150)")
+    add("--iters", type=number(int, 3), help="of distillation (1800; with --quick 150)")
     add("--samples", type=number(int, 100), help="a row of the table (1000; with --quick 200)")
     add("--seed", type=number(int, 0), default=0, help="fixes everything (%(default)s)")
     add("--out", type=Path, default=Path("runs/dit_tiny"), help="folder of weights and figures (%(default)s)")
     add("--quick", action="store_true", help="a short run")
     args = parser.parse_args()
     args.teacher_iters = args.teacher_iters or (900 if args.quick else 4500)
-    args.iters = args.iters or (150 if args.quick else 2400)
+    args.iters = args.iters or (150 if args.quick else 1800)
     args.samples = args.samples or (200 if args.quick else 1000)
     return args
 
