@@ -401,7 +401,7 @@ def distil(
             cond, x_0 = draw_batch(autoencoder, data)
             yield cond, x_0 if start else None
 
-    # Data-aided, the fake network first catches up with the student that it is given.
+    # Data-aided, the fake network first learns to judge, and to follow the mean of the student's weights.
     wait, alone = (BATCH * iters // 10, BATCH * iters // 5) if start else (0, 0)
     copies, marks = {}, {*np.geomspace(1, iters, 12).astype(int).tolist()}
     options |= {"iters": iters, "rng": rng, "warmup": (wait, alone), "uncond": encode_text([""])}

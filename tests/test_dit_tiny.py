@@ -93,17 +93,18 @@ def test_sizes_and_centres_are_read_to_a_fraction_of_a_pixel(scenes, pictures):
     found = dit_tiny.read_objects(pictures)
     one = (scenes.count == 1)[found.picture]
     radius, centre = (x[:, 0][found.picture] for x in (scenes.radius, scenes.centre))
-    # A mask's edge is known to half a pixel at worst, a mean over an edge of some eight pixels to less.
-    assert (found.radius - radius)[one].abs().max() < 0.5 and (found.centre - centre)[one].abs().max() < 0.5
-    assert (found.centre - centre)[one].square().mean().sqrt() < 0.1
+    # Coverage by distance is off at corners and slanted edges, by an eighth of a pixel at most: over a whole edge, less.
+    assert (found.radius - radius)[one].abs().max() < 0.15 and (found.centre - centre)[one].abs().max() < 0.15
+    assert (found.centre - centre)[one].square().mean().sqrt() < 0.03
 
 
 def test_diversity_is_the_entropy(scenes, pictures):
     bins = dit_tiny.where_drawn(dit_tiny.read_objects(pictures), scenes)
     one = scenes.count == 1
     assert torch.equal(bins[:, 0] >= 0, one)
-    true = torch.cat([scenes.radius[:, :1] > 4, scenes.centre[:, 0] > 12], 1).long()
-    assert (bins == true)[one].float().mean() > 0.95  # the rest are at most a tenth of a pixel from the middle
+    true = torch.cat([scenes.radius[:, :1] - 4, scenes.centre[:, 0] - 12], 1)
+    wrong = (bins != (true > 0)) & one[:, None]
+    assert wrong[one].float().mean() < 0.03 and true[wrong].abs().max() < 0.15  # what is as good as in the middle
     scenes = dit_tiny.draw_scenes(40_000, rng())
     caption, one = scenes.colour[:, 0] * 3 + scenes.shape[:, 0], scenes.count[:, None] == 1
     every = torch.where(one, torch.cat([scenes.radius[:, :1] > 4, scenes.centre[:, 0] > 12], 1).long(), -1)
