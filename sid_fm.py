@@ -851,10 +851,9 @@ class Backbone(nn.Module):
         """Output projection of the last hidden states (after the final norm), and their mean where features are asked.
         tokens: [B, N, D] -> v as x_t, hidden [B, D]"""
         p = self.patch_size  # a token's channels are ordered (row in patch, column in patch, C)
-        grid = (
-            self.proj_out(tokens).unflatten(2, (p, p, -1)).unflatten(1, (like.shape[-2] // p, -1))
-        )  # [B, h/p, w/p, p, p, C]
-        v = grid.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3).to(like.dtype)
+        rows = like.shape[-2] // p
+        grid = self.proj_out(tokens).unflatten(2, (p, p, -1)).unflatten(1, (rows, -1))  # [B, h/p, w/p, p, p, C]
+        v = grid.permute(0, 5, 1, 3, 2, 4).reshape(len(like), -1, *like.shape[-2:]).to(like.dtype)
         return (v, widen(tokens).mean(1)) if features else v
 
 
@@ -2254,6 +2253,13 @@ def join(device: str) -> None:
         torch.distributed.init_process_group("nccl" if own else "gloo", **options)
 
 
+def leave() -> None:
+    """Leaves the other processes. Gloo's threads, which outlive it, need the interpreter once more to let go of tensors:
+    they would abort a process that is ending."""
+    torch.distributed.destroy_process_group()
+    time.sleep(0.5)
+
+
 def local(x: Tensor) -> Tensor:
     """What this process holds of a tensor."""
     return x.to_local() if hasattr(x, "to_local") else x
@@ -3249,7 +3255,7 @@ def main(argv: list[str] | None = None) -> None:
     try:
         (sample if args.sample else evaluate if args.evaluate else train)(args)
         if processes()[1] > 1:
-            torch.distributed.destroy_process_group()
+            leave()
     except BadInput as error:
         fail(error)
     except KeyboardInterrupt:
