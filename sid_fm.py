@@ -2150,12 +2150,12 @@ def kept_by_autograd(net: nn.Module, x_t: Tensor, cond: dict) -> tuple[int, int]
     inputs: dict = {}
     inside = [0]
 
-    def enter(block: nn.Module, args: tuple) -> None:
+    def enter_block(block: nn.Module, args: tuple) -> None:
         inputs.update({x.untyped_storage()._cdata: x for x in args if isinstance(x, Tensor)})
         kept.append({})
         inside[0] = len(kept) - 1
 
-    def leave(*_: object) -> None:
+    def leave_block(*_: object) -> None:
         inside[0] = 0
 
     def keep(x: Tensor) -> Tensor:
@@ -2163,8 +2163,8 @@ def kept_by_autograd(net: nn.Module, x_t: Tensor, cond: dict) -> tuple[int, int]
             kept[inside[0]][x.untyped_storage()._cdata] = x
         return x
 
-    hooks = [block.register_forward_pre_hook(enter) for block in blocks_of(net)]
-    hooks += [block.register_forward_hook(leave) for block in blocks_of(net)]
+    hooks = [block.register_forward_pre_hook(enter_block) for block in blocks_of(net)]
+    hooks += [block.register_forward_hook(leave_block) for block in blocks_of(net)]
     attention = F.scaled_dot_product_attention
     F.scaled_dot_product_attention = lambda q, k, v, mask=None: FusedAttention.apply(q, k, v)
     try:
@@ -2254,8 +2254,8 @@ def join(device: str) -> None:
 
 
 def leave() -> None:
-    """Leaves the other processes. Gloo's threads, which outlive it, need the interpreter once more to let go of tensors:
-    they would abort a process that is ending."""
+    """Leaves the other processes. Gloo's threads live on, since DTensor's caches keep the group, and need the interpreter
+    once more to let go of their last tensors: without the wait they abort a process whose interpreter is ending."""
     torch.distributed.destroy_process_group()
     time.sleep(0.5)
 
