@@ -640,14 +640,14 @@ def parse() -> argparse.Namespace:
     add("--lora", type=number(int, 1), metavar="RANK", help="students as low-rank adapters on the teacher")
     add("--teacher-iters", type=number(int, 1), help="of the teacher's training (4500; with --quick 900)")
     add("--iters", type=number(int, 3), help="of distillation (1800; with --quick 150)")
-    add("--samples", type=number(int, 100), help="a row of the table (1000; with --quick 200)")
+    add("--samples", type=number(int, 100), help="a row of the table (4000; with --quick 200)")
     add("--seed", type=number(int, 0), default=0, help="fixes everything (%(default)s)")
     add("--out", type=Path, default=Path("runs/dit_tiny"), help="folder of weights and figures (%(default)s)")
     add("--quick", action="store_true", help="a short run")
     args = parser.parse_args()
     args.teacher_iters = args.teacher_iters or (900 if args.quick else 4500)
     args.iters = args.iters or (150 if args.quick else 1800)
-    args.samples = args.samples or (200 if args.quick else 1000)
+    args.samples = args.samples or (200 if args.quick else 4000)
     return args
 
 
