@@ -367,6 +367,7 @@ class Distilled(NamedTuple):
     student: nn.Module  # the running mean of its weights
     fake: nn.Module
     copies: dict[int, nn.Module]  # of the same, along the way
+    judged: float | None  # the discriminator's cross-entropy by the logit at the end, data-aided
 
 
 def distil(
@@ -403,7 +404,7 @@ def distil(
 
     # Data-aided, the fake network first learns to judge, and to follow the mean of the student's weights.
     wait, alone = (BATCH * iters // 10, BATCH * iters // 5) if start else (0, 0)
-    copies, marks = {}, {*np.geomspace(1, iters, 12).astype(int).tolist()}
+    judged, copies, marks = [], {}, {*np.geomspace(1, iters, 12).astype(int).tolist()}
     options |= {"iters": iters, "rng": rng, "warmup": (wait, alone), "uncond": encode_text([""])}
     for measured in sid_fm.distill(teacher, student, fake, optimizers, batches(), (BATCH, *SHAPE), **options):
         schedules[1].step()
@@ -412,10 +413,13 @@ def distil(
         average.update_parameters(student)
         if measured["skipped"]:
             raise FloatingPointError(f"a student diverged, with {options['steps']} steps, {options['weight']}")
+        if start:
+            judged.append(measured["discriminator"])
         if measured["iteration"] + 1 in marks:
             copies[measured["iteration"] + 1] = copy.deepcopy(average.module)
         tick(measured["fisher"])
-    return Distilled(average.module.requires_grad_(False), fake, copies)
+    judged = float(torch.stack(judged[-100:]).mean()) if judged else None
+    return Distilled(average.module.requires_grad_(False), fake, copies, judged)
 
 
 def open_network(arch: str, folder: Path) -> nn.Module:
@@ -591,13 +595,15 @@ def run(args: argparse.Namespace) -> None:
         along = {i: job.result()[1]["frechet"][0] for i, job in along.items()}
 
     print_table(table, args)
+    print(f"  the discriminator's cross-entropy at the end: {second.judged:.3f} (log 2 = 0.693 where it tells nothing)")
     guided |= {args.guidance: table["teacher, 28 steps"]}
     seconds = time.perf_counter() - start
     settings = vars(args) | {"out": str(args.out)}
     guidance = {str(g): guided[g] for g in sorted(guided)}
     write_json(
         args.out / "results.json",
-        {"args": settings, "seconds": seconds, "table": table, "guidance": guidance, "convergence": along},
+        {"args": settings, "seconds": seconds, "table": table, "guidance": guidance, "convergence": along}
+        | {"discriminator": second.judged},
     )
     shown = [measure.texts.index(text) for text in dict.fromkeys(sorted(measure.texts, key=len))]
     shown = shown[:: max(1, len(shown) // 8)][:8]

@@ -518,10 +518,10 @@ def distill(
     until warmup[1].
 
     Yields after each iteration a dict of measurements, as tensors on the device: loss (L_alpha or DMD's), fisher (L1, an
-    estimate of the Fisher divergence: the number to watch), fake_loss, data-aided discriminator and adversarial, and
-    skipped (how many of the two updates were, as their gradient was not finite); and the numbers iteration, images (seen
-    so far, by all processes) and k. Nothing in an iteration waits for the device if the optimizers are fused. Raises
-    ValueError for an unknown loss, weight or noise.
+    estimate of the Fisher divergence: the number to watch), fake_loss, data-aided discriminator (its cross-entropy by the
+    logit: log 2 where it tells nothing) and adversarial, and skipped (how many of the two updates were, as their gradient
+    was not finite); and the numbers iteration, images (seen so far, by all processes) and k. Nothing in an iteration waits
+    for the device if the optimizers are fused. Raises ValueError for an unknown loss, weight or noise.
     """
     for what, name, choices in (("loss", loss, LOSSES), ("weight", weight, WEIGHTS), ("noise", noise, NOISES)):
         known(what, name, choices)
@@ -552,7 +552,7 @@ def distill(
         if real is not None:
             _, hidden_real = fake(add_noise(real, noise_like(real, rng), t), t, cond, features=True)
             discriminator = discriminator_loss(hidden_real, hidden, like[0].numel())
-            record("discriminator", discriminator)
+            record("discriminator", discriminator / like[0].numel())
             fake_loss = fake_loss + discriminator
         return fake_loss / accumulate
 
@@ -2766,7 +2766,8 @@ def draw_losses(file: Path, log: list[dict]) -> None:
 
     plt = pyplot()
     names = {"fisher": "Fisher estimate", "fake_loss": "fake network's loss", "loss": "generator's loss (about 0)"}
-    names |= {name: name for name in ("discriminator", "adversarial") if name in log[0]}
+    if "discriminator" in log[0]:
+        names |= {"discriminator": "discriminator (log 2: tells nothing)", "adversarial": "adversarial"}
     images = np.array([row["images"] for row in log])
     measured = [row for row in log if "scores" in row]
     rows = 2 if measured else 1
@@ -2777,6 +2778,8 @@ def draw_losses(file: Path, log: list[dict]) -> None:
         ax.plot(images, y, ".", ms=2, alpha=0.3, color="tab:blue")
         ax.plot(images[width - 1 :], np.convolve(y, np.ones(width) / width, "valid"), color="tab:blue")
         ax.set_yscale("log" if name == "fisher" and (y > 0).any() else "linear")
+        if name == "discriminator":
+            ax.axhline(math.log(2), color="0.5", ls=":")
         ax.set_title(label, fontsize=9)
     for ax, (name, label) in zip(axes[-1], MEASURES.items() if measured else ()):
         y, error = np.array([row["scores"][name] for row in measured]).T

@@ -195,6 +195,7 @@ def test_the_whole_of_it_in_miniature(monkeypatch, tmp_path, capsys):
     results = json.loads((tmp_path / "results.json").read_text())
     table = results["table"]
     assert table["data"]["all"][0] == 1
+    assert results["discriminator"] == pytest.approx(math.log(2), abs=0.1)
     for student in ("SiD one-step, 1 step", "SiD 4-step, 4 steps"):
         assert table[student]["all"][0] - table[student]["all"][1] > table["teacher, 1 step"]["all"][0]
         assert table[student]["frechet"][0] < table["teacher, 1 step"]["frechet"][0]

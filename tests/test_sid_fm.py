@@ -343,6 +343,14 @@ def test_low_precision_weights_see_float32_samples():
     assert set(seen) == {(torch.float32, torch.float32)}
 
 
+def test_discriminator_that_tells_nothing():
+    """Hidden states of zero are logits of 1/2: the measurement is log 2, whatever the size of a sample."""
+    teacher, student, fake, optimizers = trio()
+    nn.init.zeros_(fake.first.weight), nn.init.zeros_(fake.first.bias)
+    run = distill(teacher, student, fake, optimizers, itertools.repeat((None, torch.randn(8, 2))), (8, 2), rng=rng())
+    assert float(next(run)["discriminator"]) == pytest.approx(math.log(2), rel=4 * torch.finfo().eps)
+
+
 def test_data_aided_schedule():
     """The generator waits for the first images, then sees SiD alone, then both."""
     moved, last = [], None
