@@ -404,7 +404,7 @@ def distil(
 
     # Data-aided, the fake network first learns to judge, and to follow the mean of the student's weights.
     wait, alone = (BATCH * iters // 10, BATCH * iters // 5) if start else (0, 0)
-    judged, copies, marks = [], {}, {*np.geomspace(1, iters, 12).astype(int).tolist()}
+    entropies, copies, marks = [], {}, {*np.geomspace(1, iters, 12).astype(int).tolist()}
     options |= {"iters": iters, "rng": rng, "warmup": (wait, alone), "uncond": encode_text([""])}
     for measured in sid_fm.distill(teacher, student, fake, optimizers, batches(), (BATCH, *SHAPE), **options):
         schedules[1].step()
@@ -414,11 +414,11 @@ def distil(
         if measured["skipped"]:
             raise FloatingPointError(f"a student diverged, with {options['steps']} steps, {options['weight']}")
         if start:
-            judged.append(measured["discriminator"])
+            entropies.append(measured["discriminator"])
         if measured["iteration"] + 1 in marks:
             copies[measured["iteration"] + 1] = copy.deepcopy(average.module)
         tick(measured["fisher"])
-    judged = float(torch.stack(judged[-100:]).mean()) if judged else None
+    judged = float(torch.stack(entropies[-100:]).mean()) if start else None
     return Distilled(average.module.requires_grad_(False), fake, copies, judged)
 
 
@@ -602,8 +602,14 @@ def run(args: argparse.Namespace) -> None:
     guidance = {str(g): guided[g] for g in sorted(guided)}
     write_json(
         args.out / "results.json",
-        {"args": settings, "seconds": seconds, "table": table, "guidance": guidance, "convergence": along}
-        | {"discriminator": second.judged},
+        {
+            "args": settings,
+            "seconds": seconds,
+            "table": table,
+            "discriminator": second.judged,
+            "guidance": guidance,
+            "convergence": along,
+        },
     )
     shown = [measure.texts.index(text) for text in dict.fromkeys(sorted(measure.texts, key=len))]
     shown = shown[:: max(1, len(shown) // 8)][:8]

@@ -344,7 +344,7 @@ def test_low_precision_weights_see_float32_samples():
 
 
 def test_discriminator_that_tells_nothing():
-    """Hidden states of zero are logits of 1/2: the measurement is log 2, whatever the size of a sample."""
+    """Hidden states of zero are logits of zero: the measurement is log 2, whatever the size of a sample."""
     teacher, student, fake, optimizers = trio()
     nn.init.zeros_(fake.first.weight), nn.init.zeros_(fake.first.bias)
     run = distill(teacher, student, fake, optimizers, itertools.repeat((None, torch.randn(8, 2))), (8, 2), rng=rng())
