@@ -532,6 +532,20 @@ def gradients(data: Mixture, theta: Tensor, nodes: int = 64) -> dict[str, Tensor
     return true | {"path_1": path_1, "path_2": path_2, "through psi*": through_1}
 
 
+def check_lagging_fake(rng: torch.Generator) -> Iterator[Check]:
+    """Where psi is not psi*(theta): f_psi knows a generator that theta has left."""
+    for name, make in ON_A_LINE.items():
+        data, theta = make()
+        psi = theta + torch.tensor([0.2, 0.15])
+        (L1, L2), coarse = (torch.stack(exact_losses(data, theta, psi, nodes)) for nodes in (64, 48))
+        L = fisher_divergence(data, theta, "1-t")
+        gap = fisher_divergence(Mixture(psi[:1, None], psi[1]), theta, "1-t")
+        tolerance = 1.5 * largest(torch.stack([L1, L2]) - coarse, L) + 64**2 * EPS
+        claim = f"at any psi L_alpha at alpha = 1/2 is (L - gap) / 2 ({name})"
+        yield Check(claim, largest(L2 - L1 / 2 - (L - gap) / 2, L), tolerance, QUADRATURE)
+        yield Check("   gap = E[w |f_psi - f_psi*|^2] is not small", float(gap / L), 0.01, "share of L", beyond=True)
+
+
 def angle(u: Tensor, v: Tensor) -> float:
     """Degrees between two vectors."""
     return math.degrees(math.acos(float((u @ v / (u.norm() * v.norm())).clamp(-1, 1))))
@@ -643,6 +657,7 @@ CHECKS = {  # and the step of the README's derivation that each belongs to
     check_fake_network: 6,
     check_score_identity: 7,
     check_three_forms: 7,
+    check_lagging_fake: 8,
     check_gradients: 8,
     check_sid_loss: 8,
     check_generate: 10,

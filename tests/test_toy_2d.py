@@ -68,6 +68,7 @@ FAULTS = [
     (toy_2d.check_equal_snr, sid_fm, "as_rectified_flow", lambda f: lambda net, *args: scaled(f(net, *args))),
     (toy_2d.check_score_identity, toy_2d.Mixture, "posterior_mean", lambda f: lambda *args: 0.97 * f(*args)),
     (toy_2d.check_three_forms, toy_2d, "sid_loss", with_alpha),
+    (toy_2d.check_lagging_fake, toy_2d, "sid_loss", with_alpha),
     (toy_2d.check_gradients, toy_2d, "sid_loss", with_alpha),
     (toy_2d.check_gradients, toy_2d, "sid_loss", with_half_the_gradient),
     (toy_2d.check_fake_network, toy_2d, "flow_matching_loss", lambda f: lambda v, x_0, e, t: f(v, 0.9 * x_0, e, t)),
