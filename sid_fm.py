@@ -334,7 +334,8 @@ def sid_loss(x_g: Tensor, d_real: Tensor, d_fake: Tensor, t: Tensor, alpha: floa
     x_g is the generator's output and d_real = f_phi(x_t, t), d_fake = f_psi(x_t, t) are posterior means at
     x_t = add_noise(x_g, e, t). Keep the graph of all three: the gradient reaches the generator through x_g and through
     the inputs of both networks, whose weights are constants here. At psi* both L1 and L2 equal the Fisher divergence,
-    so at alpha = 1 the value hovers around zero and says nothing about convergence: watch L1.
+    so at alpha = 1 the value hovers around zero and says nothing about convergence: watch L1. At any psi,
+    L2 - L1 / 2 = E[w (|f_phi - x_g|^2 - |f_psi - x_g|^2)] / 2.
     x_g, d_real, d_fake: [B, ...], t: [B] -> scalar
     """
     difference = d_real - d_fake
