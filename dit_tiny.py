@@ -3,6 +3,7 @@
     python dit_tiny.py                train a teacher, distil it data-free and data-aided, print a table, draw figures
     python dit_tiny.py --quick        the same, short: to see it work
     python dit_tiny.py --arch sana    on SANA's network; --arch flux on FLUX's
+    python dit_tiny.py --preset gpu   larger: pictures of 64 x 64 pixels, tens of millions of weights
 
 Networks, losses, loop and samplers are sid_fm's. Chapters: pictures and captions; reading pictures back; networks and
 latents; teacher and students; measuring; figures; the command line.
@@ -40,10 +41,11 @@ SHAPES = ("circle", "square", "triangle")
 RELATIONS = ("left of", "above")  # along x, along y
 KINDS = torch.tensor([0.4, 0.2, 0.4])  # how often: one object, two alike, a pair
 
-SIZE = 24  # pixels a side of a picture
-RADII = (3.5, 4.5)  # half the side of an object's box, in pixels: from, to
-APART = 13  # pixels between the places of two objects
-JITTER = 1.5  # pixels: how far from its place an object may stand, along x and along y
+# A scene is SIZE units a side, whatever the number of pixels that show it (24, or 64 with --preset gpu).
+SIZE = 24
+RADII = (3.5, 4.5)  # half the side of an object's box: from, to
+APART = 13  # between the places of two objects
+JITTER = 1.5  # how far from its place an object may stand, along x and along y
 
 
 class Scenes(NamedTuple):
@@ -53,8 +55,8 @@ class Scenes(NamedTuple):
     relation: Tensor  # [n] index of RELATIONS, or -1
     colour: Tensor  # [n, 2] index of COLOURS
     shape: Tensor  # [n, 2] index of SHAPES
-    radius: Tensor  # [n, 2] pixels
-    centre: Tensor  # [n, 2, 2] pixels: x, y
+    radius: Tensor  # [n, 2]
+    centre: Tensor  # [n, 2, 2]: x, y
 
 
 def draw_scenes(n: int, rng: torch.Generator) -> Scenes:
@@ -73,7 +75,7 @@ def draw_scenes(n: int, rng: torch.Generator) -> Scenes:
 
 def place(count: Tensor, relation: Tensor, rng: torch.Generator) -> tuple[Tensor, Tensor]:
     """radius [n, 2], centre [n, 2, 2]. One object is near the middle; two are side by side, or one above the other, never
-    nearer than a pixel."""
+    nearer than one unit."""
     n = len(count)
     radius = RADII[0] + (RADII[1] - RADII[0]) * torch.rand(n, 2, generator=rng)
     centre = SIZE / 2 + JITTER * (2 * torch.rand(n, 2, 2, generator=rng) - 1)
@@ -97,23 +99,29 @@ def captions(scenes: Scenes) -> list[str]:
     return texts
 
 
-def coverage(shape: Tensor, radius: Tensor, centre: Tensor) -> Tensor:
-    """How much of each pixel an object covers, by its signed distance. [n], [n], [n, 2] -> [n, SIZE, SIZE] in [0, 1]"""
-    grid = torch.arange(SIZE) + 0.5
+def pixels_of(size: int, device: torch.device) -> Tensor:
+    """Where the middles of a picture's `size` columns, or rows, are in the scene."""
+    return (torch.arange(size, device=device) + 0.5) * (SIZE / size)
+
+
+def coverage(shape: Tensor, radius: Tensor, centre: Tensor, size: int) -> Tensor:
+    """How much of each pixel an object covers, by its signed distance. [n], [n], [n, 2] -> [n, size, size] in [0, 1]"""
+    grid = pixels_of(size, radius.device)
     x, y, r = (grid - centre[:, :1])[:, None, :], (grid - centre[:, 1:])[:, :, None], radius[:, None, None]
     circle, square = torch.hypot(x, y) - r, torch.maximum(x.abs(), y.abs()) - r
     triangle = torch.maximum(y - r, (2 * x.abs() - y - r) / 5**0.5)
-    distance = torch.stack([circle, square, triangle])[shape, torch.arange(len(shape))]
-    return (0.5 - distance).clamp(0, 1)
+    distance = torch.stack([circle, square, triangle])[shape, torch.arange(len(shape), device=shape.device)]
+    return (0.5 - distance * (size / SIZE)).clamp(0, 1)
 
 
-def render(scenes: Scenes) -> Tensor:
-    """-> pictures [n, 3, SIZE, SIZE] in [-1, 1]"""
-    pictures = PALETTE[0][:, None, None].expand(len(scenes.count), 3, SIZE, SIZE)
+def render(scenes: Scenes, size: int = SIZE) -> Tensor:
+    """-> pictures [n, 3, size, size] in [-1, 1], where the scenes' tensors are"""
+    background, *colours = PALETTE.to(scenes.radius.device)
+    pictures = background[:, None, None].expand(len(scenes.count), 3, size, size)
     for i in range(2):
-        cover = coverage(scenes.shape[:, i], scenes.radius[:, i], scenes.centre[:, i])
+        cover = coverage(scenes.shape[:, i], scenes.radius[:, i], scenes.centre[:, i], size)
         cover = (cover * (scenes.count > i)[:, None, None])[:, None]
-        pictures = pictures + cover * (PALETTE[1:][scenes.colour[:, i]][:, :, None, None] - pictures)
+        pictures = pictures + cover * (torch.stack(colours)[scenes.colour[:, i]][:, :, None, None] - pictures)
     return pictures
 
 
@@ -121,7 +129,7 @@ def render(scenes: Scenes) -> Tensor:
 # Reading pictures back
 # ----------------------------------------------------------------------------------------------------------------------
 
-LEAST_AREA = 8  # pixels; smaller specks are no objects
+LEAST_AREA = 8  # of the scene; smaller specks are no objects
 LEAST_OVERLAP = 0.6  # intersection over union with the best template; below it an object's shape cannot be read
 UNREADABLE = len(SHAPES)
 
@@ -132,8 +140,8 @@ class Found(NamedTuple):
     picture: Tensor  # [m] index of the picture
     colour: Tensor  # [m] index of COLOURS
     shape: Tensor  # [m] index of SHAPES, or UNREADABLE
-    radius: Tensor  # [m] pixels
-    centre: Tensor  # [m, 2] pixels: x, y
+    radius: Tensor  # [m]
+    centre: Tensor  # [m, 2]: x, y
 
 
 def read_objects(pictures: Tensor) -> Found:
@@ -141,35 +149,38 @@ def read_objects(pictures: Tensor) -> Found:
     there and at the edge are from the background's says how much of a pixel is covered. For each shape, the covered area
     gives a radius and its centroid a centre; of the three so drawn the one that overlaps most is read. No learned part.
 
-    pictures: [n, 3, SIZE, SIZE]
+    pictures: [n, 3, size, size]
     """
-    nearest = (pictures[:, None] - PALETTE[:, :, None, None]).square().sum(2).argmin(1)
+    size, palette = pictures.shape[-1], PALETTE.to(pictures.device)
+    area_of_pixel, places = (SIZE / size) ** 2, size**2 + 1
+    nearest = (pictures[:, None] - palette[:, :, None, None]).square().sum(2).argmin(1)
     masks = F.one_hot(nearest, len(PALETTE))[..., 1:].permute(0, 3, 1, 2).float()
-    label = masks * torch.arange(1, SIZE**2 + 1).view(SIZE, SIZE)
+    label = masks * torch.arange(1, places, device=pictures.device).view(size, size)
     while not torch.equal(label, spread := F.max_pool2d(label, 3, 1, 1) * masks):
         label = spread  # the largest label of an object floods it
     picture, colour, y, x = label.nonzero(as_tuple=True)
-    key = (picture * len(COLOURS) + colour) * (SIZE**2 + 1) + label[picture, colour, y, x].long()
+    key = (picture * len(COLOURS) + colour) * places + label[picture, colour, y, x].long()
     key, pixels = key.unique(return_counts=True)
-    key = key[pixels >= LEAST_AREA]
-    picture, colour = key // (SIZE**2 + 1) // len(COLOURS), key // (SIZE**2 + 1) % len(COLOURS)
-    mask = label[picture, colour] == (key % (SIZE**2 + 1))[:, None, None]
-    tint = PALETTE[1:] - PALETTE[0]
+    key = key[pixels * area_of_pixel >= LEAST_AREA]
+    picture, colour = key // places // len(COLOURS), key // places % len(COLOURS)
+    mask = label[picture, colour] == (key % places)[:, None, None]
+    tint = palette[1:] - palette[0]
     tint = (tint / tint.square().sum(1, keepdim=True))[colour]
-    covered = torch.einsum("mcyx,mc->myx", pictures[picture] - PALETTE[0][:, None, None], tint).clamp(0, 1)
+    covered = torch.einsum("mcyx,mc->myx", pictures[picture] - palette[0][:, None, None], tint).clamp(0, 1)
     edge = (F.max_pool2d(mask[:, None].float(), 3, 1, 1)[:, 0] > 0) & (nearest[picture] == 0)
     covered = covered * (mask | edge)
-    area, grid = covered.sum((1, 2)), torch.arange(SIZE) + 0.5
-    centroid = torch.stack([covered.sum(1) @ grid, covered.sum(2) @ grid], 1) / area[:, None]
+    pixels, grid = covered.sum((1, 2)), pixels_of(size, pictures.device)
+    centroid = torch.stack([covered.sum(1) @ grid, covered.sum(2) @ grid], 1) / pixels[:, None]
     # Areas are pi r^2, (2 r)^2 and 2 r^2; a triangle's centroid lies r / 3 below the middle of its box.
-    radii = (area / torch.tensor([math.pi, 4, 2])[:, None]).sqrt()
-    centres = centroid - radii[..., None] * torch.tensor([[0, 0], [0, 0], [0, 1 / 3]])[:, None]
+    radii = (pixels * area_of_pixel / torch.tensor([math.pi, 4, 2]).to(pixels)[:, None]).sqrt()
+    below = torch.tensor([[0, 0], [0, 0], [0, 1 / 3]]).to(pixels)
+    centres = centroid - radii[..., None] * below[:, None]
     overlap = []
     for shape in range(len(SHAPES)):
-        template = coverage(torch.full_like(picture, shape), radii[shape], centres[shape])
+        template = coverage(torch.full_like(picture, shape), radii[shape], centres[shape], size)
         overlap.append(torch.minimum(template, covered).sum((1, 2)) / torch.maximum(template, covered).sum((1, 2)))
     overlap, shape = torch.stack(overlap).max(0)
-    best = shape, torch.arange(len(shape))
+    best = shape, torch.arange(len(shape), device=shape.device)
     return Found(picture, colour, torch.where(overlap > LEAST_OVERLAP, shape, UNREADABLE), radii[best], centres[best])
 
 
@@ -246,30 +257,61 @@ LENGTH, WIDTH = 5, 96  # of a caption, in words; of a word's embedding
 EMBEDDING = nn.init.orthogonal_(torch.empty(LENGTH * len(WORDS), WIDTH), generator=torch.Generator().manual_seed(7))
 EMBEDDING = EMBEDDING.view(LENGTH, len(WORDS), WIDTH) * WIDTH**0.5
 BLOCK, CHANNELS = 4, 12  # a latent pixel stands for BLOCK x BLOCK pixels
-SHAPE = (CHANNELS, SIZE // BLOCK, SIZE // BLOCK)
 
-HEADS = {"num_attention_heads": 4, "attention_head_dim": 16}
-# fmt: off
-NETWORKS = {  # the pipeline whose network it is, and its configuration
-    "mmdit": (sid_fm.SD3, HEADS | {  # sample_size spreads the table of positions, for 3 x 3 tokens to be far apart in it
-        "patch_size": 2, "in_channels": CHANNELS, "num_layers": 4, "joint_attention_dim": WIDTH,
-        "pooled_projection_dim": WIDTH, "pos_embed_max_size": SHAPE[1] // 2, "sample_size": 4 * SHAPE[1]}),
-    "sana": (sid_fm.SANA, HEADS | {
-        "patch_size": 2, "in_channels": CHANNELS, "out_channels": CHANNELS, "num_layers": 4,
-        "num_cross_attention_heads": 4, "caption_channels": WIDTH, "sample_size": SHAPE[1]}),
-    "flux": (sid_fm.FLUX1, HEADS | {
-        "in_channels": 4 * CHANNELS, "num_layers": 1, "num_single_layers": 3, "joint_attention_dim": WIDTH,
-        "pooled_projection_dim": WIDTH, "axes_dims_rope": [4, 6, 6]}),
+
+class Preset(NamedTuple):
+    """What --preset settles: pictures, network, and how long and how fast it is trained."""
+
+    size: int  # pixels a side of a picture
+    heads: int
+    head_dim: int
+    layers: int
+    batch: int
+    rate: float  # of learning, over that of the preset "laptop": as 1 / width, which is what Adam wants
+    teacher_iters: int
+    iters: int  # of distillation
+    samples: int  # a row of the table
+
+    @property
+    def latent(self) -> tuple[int, int, int]:
+        return CHANNELS, self.size // BLOCK, self.size // BLOCK
+
+
+LAPTOP = Preset(24, 4, 16, 4, 64, 1.0, 4500, 1800, 4000)
+PRESETS = {
+    "laptop": LAPTOP,
+    "quick": LAPTOP._replace(teacher_iters=900, iters=150, samples=200),
+    "gpu": Preset(64, 5, 64, 8, 64, 1 / 5, 4000, 1500, 4000),
 }
-# fmt: on
+
+NETWORKS = {"mmdit": sid_fm.SD3, "sana": sid_fm.SANA, "flux": sid_fm.FLUX1}  # the pipelines whose networks they are
 
 
-def build(arch: str, seed: int) -> nn.Module:
+def network(arch: str, preset: Preset) -> dict:
+    """The configuration, as a checkpoint's config.json has it."""
+    side, head, layers = preset.latent[1], preset.head_dim, preset.layers
+    common = {"num_attention_heads": preset.heads, "attention_head_dim": head}
+    # fmt: off
+    return common | {
+        "mmdit": {  # sample_size spreads the table of positions, for so few tokens to be far apart in it
+            "patch_size": 2, "in_channels": CHANNELS, "num_layers": layers, "joint_attention_dim": WIDTH,
+            "pooled_projection_dim": WIDTH, "pos_embed_max_size": side // 2, "sample_size": 4 * side},
+        "sana": {
+            "patch_size": 2, "in_channels": CHANNELS, "out_channels": CHANNELS, "num_layers": layers,
+            "num_cross_attention_heads": preset.heads, "caption_channels": WIDTH, "sample_size": side},
+        "flux": {
+            "in_channels": 4 * CHANNELS, "num_layers": layers // 4, "num_single_layers": layers - layers // 4,
+            "joint_attention_dim": WIDTH, "pooled_projection_dim": WIDTH,
+            "axes_dims_rope": [head // 4, 3 * head // 8, 3 * head // 8]},
+    }[arch]
+    # fmt: on
+
+
+def build(arch: str, seed: int, preset: Preset = LAPTOP) -> nn.Module:
     """sid_fm's network at a small size. Gates and the output start at zero, as DiT's do: each block as the identity."""
-    pipeline, network = NETWORKS[arch]
-    family = sid_fm.PIPELINES[pipeline]
+    family = sid_fm.PIPELINES[NETWORKS[arch]]
     torch.manual_seed(seed)
-    net = sid_fm.build(family.backbone, sid_fm.network_config(family, network))
+    net = sid_fm.build(family.backbone, sid_fm.network_config(family, network(arch, preset)))
     for layer in [net.proj_out, *(m.linear for m in net.modules() if isinstance(m, sid_fm.Modulation))]:
         nn.init.zeros_(layer.weight), nn.init.zeros_(layer.bias)
     return net
@@ -295,21 +337,29 @@ class Autoencoder:
     """The real teachers' autoencoder in miniature, linear and exact: the first CHANNELS principal components of blocks
     of BLOCK x BLOCK pixels, each scaled to unit variance."""
 
-    def __init__(self) -> None:
-        blocks = self.split(render(draw_scenes(4000, torch.Generator().manual_seed(0)))).flatten(0, 2)
+    def __init__(self, size: int = SIZE, device: str = "cpu") -> None:
+        self.size, self.device = size, device
+        # A larger picture shows as much through so many times the noise: the shift of times in SD3 (arXiv 2403.03206).
+        self.shift = size / SIZE
+        blocks = self.split(render(draw_scenes(4000, torch.Generator().manual_seed(0)), size)).flatten(0, 2)
         variance, vectors = torch.linalg.eigh(blocks.T.cov())
-        self.mean, self.vectors, self.scale = blocks.mean(0), vectors[:, -CHANNELS:], variance[-CHANNELS:].sqrt()
+        parts = blocks.mean(0), vectors[:, -CHANNELS:], variance[-CHANNELS:].sqrt()
+        self.mean, self.vectors, self.scale = (x.to(device) for x in parts)
 
     @staticmethod
     def split(pictures: Tensor) -> Tensor:
         return F.pixel_unshuffle(pictures, BLOCK).movedim(1, -1)
 
+    def of(self, scenes: Scenes) -> Tensor:
+        """The scenes' latents, drawn on the device."""
+        return self.encode(render(Scenes(*(on_device(x, self.device) for x in scenes)), self.size))
+
     def encode(self, pictures: Tensor) -> Tensor:
-        """[B, 3, SIZE, SIZE] -> [B, *SHAPE]"""
+        """[B, 3, size, size] -> [B, CHANNELS, size / BLOCK, size / BLOCK]"""
         return ((self.split(pictures) - self.mean) @ self.vectors / self.scale).movedim(-1, 1).contiguous()
 
     def decode(self, latents: Tensor) -> Tensor:
-        """[B, *SHAPE] -> [B, 3, SIZE, SIZE]"""
+        """[B, CHANNELS, size / BLOCK, size / BLOCK] -> [B, 3, size, size]"""
         blocks = (latents.movedim(1, -1) * self.scale) @ self.vectors.T + self.mean
         return F.pixel_shuffle(blocks.movedim(-1, 1), BLOCK)
 
@@ -318,48 +368,108 @@ class Autoencoder:
 # Teacher and students
 # ----------------------------------------------------------------------------------------------------------------------
 
-BATCH = 64
+
+class Call(nn.Module):
+    """An evaluation as a function of tensors alone."""
+
+    def __init__(self, net: nn.Module, names: tuple[str, ...], features: bool):
+        super().__init__()
+        self.net, self.names, self.features = net, names, features
+
+    def forward(self, x_t: Tensor, t: Tensor, *values: Tensor) -> tuple[Tensor, ...]:
+        y = self.net(x_t, t, dict(zip(self.names, values)), self.features)
+        return y if self.features else (y,)
+
+
+class Replayed(nn.Module):
+    """A network on a GPU whose evaluations, with their gradients, are recorded once and then replayed as CUDA graphs: the
+    kernels of networks so small take less time to run than to launch one by one.
+
+    A recording knows which gradients are asked for, and its activations are its own until its backward has run: there is
+    one for each kind of evaluation, and one more for each that is begun before the last one's backward.
+    """
+
+    def __init__(self, net: nn.Module):
+        super().__init__()
+        self.net, self.weights, self.free = net, [*net.parameters()], {}
+
+    def forward(self, x_t: Tensor, t: Tensor, cond: dict, features: bool = False):
+        inputs = x_t, t, *cond.values()
+        asked = torch.is_grad_enabled(), *(x.requires_grad for x in (x_t, *self.weights))
+        free = self.free.setdefault((features, x_t.shape, asked), [])
+        if free:
+            graph = free.pop()
+        else:
+            samples = tuple(x.detach().clone().requires_grad_(x.requires_grad) for x in inputs)
+            call = Call(self.net, tuple(cond), features)
+            graph = torch.cuda.make_graphed_callables(call, samples, allow_unused_input=True)
+        outputs = graph(*inputs)
+        if outputs[0].requires_grad:
+
+            def release(_: Tensor) -> None:
+                if graph not in free:
+                    free.append(graph)
+
+            for y in outputs:
+                y.register_hook(release)
+        else:
+            free.append(graph)
+        outputs = tuple(y.clone() for y in outputs)  # the next replay overwrites its own
+        return outputs if features else outputs[0]
+
+
+def on_device(x: Tensor, device: str) -> Tensor:
+    """From pinned memory a copy to a GPU doesn't make the host wait."""
+    return x if device == "cpu" else x.pin_memory().to(device, non_blocking=True)
+
+
 DROPPED = 0.1  # share of captions that the teacher's training replaces by the empty prompt
 TEACHER_LR = 5e-3
 # Learning rates of the student and of its fake network, which has to keep up.
 FEW_STEPS, ONE_STEP, DATA_AIDED = (3e-4, 2e-3), (1e-3, 3e-3), (1e-4, 1e-3)
 
 
-def draw_batch(autoencoder: Autoencoder, rng: torch.Generator) -> tuple[dict, Tensor]:
-    """-> cond, x_0 [BATCH, *SHAPE]"""
-    scenes = draw_scenes(BATCH, rng)
-    return encode_text(captions(scenes)), autoencoder.encode(render(scenes))
-
-
 def train_teacher(
-    net: nn.Module, autoencoder: Autoencoder, iters: int, seed: int, submit: Callable, tick: Callable[[Tensor], None]
+    net: nn.Module,
+    autoencoder: Autoencoder,
+    preset: Preset,
+    iters: int,
+    seed: int,
+    submit: Callable,
+    tick: Callable[[Tensor], None],
 ) -> nn.Module:
-    """Flow matching with caption dropout. Each half of a batch has a thread of its own: at this size two threads inside
-    one operation gain nothing. Returns the running mean of the weights."""
-    rng, empty = torch.Generator().manual_seed(seed), encode_text([""])
-    weights = list(net.parameters())
-    optimizer = torch.optim.Adam(weights, lr=TEACHER_LR, betas=(0.9, 0.99), fused=True)
+    """Flow matching with caption dropout. On a CPU each half of a batch has a thread of its own: at this size two threads
+    inside one operation gain nothing. Returns the running mean of the weights."""
+    rng, batch, device = torch.Generator().manual_seed(seed), preset.batch, autoencoder.device
+    noise = rng if device == "cpu" else torch.Generator(device).manual_seed(seed)
+    empty, weights = encode_text([""]), list(net.parameters())
+    optimizer = torch.optim.Adam(weights, lr=preset.rate * TEACHER_LR, betas=(0.9, 0.99), fused=True)
     schedule = cosine(optimizer, iters)
     average = torch.optim.swa_utils.AveragedModel(net, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.99))
+    parts = [slice(batch // 2), slice(batch // 2, batch)] if device == "cpu" else [slice(batch)]
+    call = net if device == "cpu" else Replayed(net)
 
-    def half(part: slice, cond: dict, x_0: Tensor, e: Tensor, t: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+    def gradients(part: slice, cond: dict, x_0: Tensor, e: Tensor, t: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
         cond, x_0, e, t = {key: value[part] for key, value in cond.items()}, x_0[part], e[part], t[part]
-        loss = flow_matching_loss(net(add_noise(x_0, e, t), t, cond), x_0, e, t)
+        loss = flow_matching_loss(call(add_noise(x_0, e, t), t, cond), x_0, e, t)
         return loss.detach(), torch.autograd.grad(loss, weights, materialize_grads=True)
 
-    for i in range(iters):
-        cond, x_0 = draw_batch(autoencoder, rng)
-        dropped = torch.rand(BATCH, generator=rng) < DROPPED
+    for _ in range(iters):
+        scenes = draw_scenes(batch, rng)
+        dropped = torch.rand(batch, generator=rng) < DROPPED
+        cond = encode_text(captions(scenes))
         cond = {key: torch.where(sid_fm.match_dims(dropped, v), empty[key], v) for key, v in cond.items()}
-        e, t = noise_like(x_0, rng), draw_times(BATCH, (0.0, 1.0), rng=rng)
-        parts = slice(BATCH // 2), slice(BATCH // 2, BATCH)
-        (loss, grads), (other, more) = [job.result() for job in [submit(half, part, cond, x_0, e, t) for part in parts]]
-        for weight, a, b in zip(weights, grads, more):
-            weight.grad = (a + b) / 2
+        cond = {key: on_device(value, device) for key, value in cond.items()}
+        x_0 = autoencoder.of(scenes)
+        e, t = noise_like(x_0, noise), draw_times(batch, (math.log(autoencoder.shift), 1.0), rng=noise)
+        jobs = [submit(gradients, part, cond, x_0, e, t) for part in parts]
+        losses, grads = zip(*(job.result() for job in jobs))
+        for weight, *halves in zip(weights, *grads):
+            weight.grad = halves[0] if halves[1:] == [] else (halves[0] + halves[1]) / 2
         optimizer.step()
         schedule.step()
         average.update_parameters(net)
-        tick((loss + other) / 2 / x_0[0].numel())
+        tick(sum(losses) / len(parts) / x_0[0].numel())
     return average.module.requires_grad_(False)
 
 
@@ -378,6 +488,7 @@ def distil(
     tick: Callable[[Tensor], None],
     start: Distilled | None = None,
     lora: int | None = None,
+    preset: Preset = LAPTOP,
     **options,
 ) -> Distilled:
     """One run of sid_fm.distill: data-free, or, from where `start` ended, data-aided; lora: the adapters' rank, if any."""
@@ -391,27 +502,32 @@ def distil(
     )
     rates = DATA_AIDED if start else ONE_STEP if options["steps"] == 1 else FEW_STEPS
     optimizers = [
-        torch.optim.Adam(sid_fm.trained(net), lr=lr, betas=(0.0, 0.99), fused=True)
+        torch.optim.Adam(sid_fm.trained(net), lr=preset.rate * lr, betas=(0.0, 0.99), fused=True)
         for net, lr in zip((student, fake), rates)
     ]
     schedules = [cosine(optimizer, iters) for optimizer in optimizers]
-    rng, data = torch.Generator().manual_seed(seed), torch.Generator().manual_seed(seed + 1)
+    batch, device = preset.batch, autoencoder.device
+    rng, data = torch.Generator(device).manual_seed(seed), torch.Generator().manual_seed(seed + 1)
 
     def batches() -> Iterator[tuple[dict, Tensor | None]]:
         while True:
-            cond, x_0 = draw_batch(autoencoder, data)
-            yield cond, x_0 if start else None
+            scenes = draw_scenes(batch, data)
+            cond = {key: on_device(value, device) for key, value in encode_text(captions(scenes)).items()}
+            yield cond, autoencoder.of(scenes) if start else None
 
     # Data-aided, the fake network first learns to judge, and to follow the mean of the student's weights.
-    wait, alone = (BATCH * iters // 10, BATCH * iters // 5) if start else (0, 0)
-    entropies, copies, marks = [], {}, {*np.geomspace(1, iters, 12).astype(int).tolist()}
-    options |= {"iters": iters, "rng": rng, "warmup": (wait, alone), "uncond": encode_text([""])}
-    for measured in sid_fm.distill(teacher, student, fake, optimizers, batches(), (BATCH, *SHAPE), **options):
+    wait, alone = (batch * iters // 10, batch * iters // 5) if start else (0, 0)
+    entropies, copies, marks, skipped = [], {}, {*np.geomspace(1, iters, 12).astype(int).tolist()}, 0
+    uncond = {key: value.to(device) for key, value in encode_text([""]).items()}
+    options |= {"iters": iters, "rng": rng, "warmup": (wait, alone), "uncond": uncond}
+    nets = [net if device == "cpu" else Replayed(net) for net in (teacher, student, fake)]
+    for measured in sid_fm.distill(*nets, optimizers, batches(), (batch, *preset.latent), **options):
         schedules[1].step()
-        if measured["images"] - BATCH >= wait:
+        if measured["images"] - batch >= wait:
             schedules[0].step()
         average.update_parameters(student)
-        if measured["skipped"]:
+        skipped = skipped + measured["skipped"]
+        if (measured["iteration"] % 50 == 0 or measured["iteration"] + 1 == iters) and skipped:  # waits for a GPU
             raise FloatingPointError(f"a student diverged, with {options['steps']} steps, {options['weight']}")
         if start:
             entropies.append(measured["discriminator"])
@@ -422,22 +538,30 @@ def distil(
     return Distilled(average.module.requires_grad_(False), fake, copies, judged)
 
 
-def open_network(arch: str, folder: Path) -> nn.Module:
-    part = sid_fm.open_part(sid_fm.PIPELINES[NETWORKS[arch][0]].backbone, folder)
-    return sid_fm.fill_part(*part, "cpu", torch.float32)
+def open_network(arch: str, folder: Path, device: str = "cpu") -> nn.Module:
+    part = sid_fm.open_part(sid_fm.PIPELINES[NETWORKS[arch]].backbone, folder)
+    return sid_fm.fill_part(*part, device, torch.float32)
 
 
 def prepare_teacher(args: argparse.Namespace, autoencoder: Autoencoder) -> nn.Module:
     """The teacher of a former run with the same settings, or a new one, saved in the diffusers layout."""
     folder = args.out / "teacher"
-    settings = {"arch": args.arch, "iterations": args.teacher_iters, "batch": BATCH, "seed": args.seed}
+    preset = PRESETS[args.preset]
+    network = {key: getattr(preset, key) for key in ("size", "heads", "head_dim", "layers", "batch", "rate")}
+    settings = {
+        "arch": args.arch,
+        "iterations": args.teacher_iters,
+        "seed": args.seed,
+        "device": args.device,
+        **network,
+    }
     notes = folder / "training.json"
     if notes.is_file() and json.loads(notes.read_text()) == settings:
         print(f"  teacher: the one in {folder}")
-        return open_network(args.arch, folder)
-    net = build(args.arch, args.seed)
-    with workers("teacher", args.teacher_iters) as (submit, tick):
-        net = train_teacher(net, autoencoder, args.teacher_iters, args.seed, submit, tick("loss"))
+        return open_network(args.arch, folder, args.device)
+    net = build(args.arch, args.seed, preset).to(args.device)
+    with workers("teacher", args.teacher_iters, 2 if args.device == "cpu" else 1) as (submit, tick):
+        net = train_teacher(net, autoencoder, preset, args.teacher_iters, args.seed, submit, tick("loss"))
     sid_fm.save_student(net, None, folder)
     write_json(notes, settings)
     return net
@@ -451,31 +575,37 @@ GROUPS = 20  # of the jackknife
 
 
 class Measure:
-    """Every row of the table has the same captions and the same noise."""
+    """Every row of the table has the same captions and the same noise. batch: of pictures that are sampled together"""
 
-    def __init__(self, autoencoder: Autoencoder, samples: int, seed: int):
-        self.autoencoder = autoencoder
+    def __init__(self, autoencoder: Autoencoder, samples: int, seed: int, batch: int = LAPTOP.batch):
+        self.autoencoder, self.batch, device = autoencoder, batch, autoencoder.device
         self.scenes = draw_scenes(samples, torch.Generator().manual_seed(seed + 1000))
-        self.texts, self.empty = captions(self.scenes), encode_text([""])
-        self.cond = encode_text(self.texts)
-        self.z = torch.randn(samples, *SHAPE, generator=torch.Generator().manual_seed(seed + 2000))
+        self.texts = captions(self.scenes)
+        self.cond, self.empty = (
+            {key: value.to(device) for key, value in encode_text(texts).items()} for texts in (self.texts, [""])
+        )
+        latent = CHANNELS, autoencoder.size // BLOCK, autoencoder.size // BLOCK
+        self.z = torch.randn(samples, *latent, generator=torch.Generator().manual_seed(seed + 2000)).to(device)
         # Against data as the autoencoder shows them: what it loses is no network's doing.
         scenes = draw_scenes(20_000, torch.Generator().manual_seed(seed + 3000))
-        real = features(autoencoder.decode(autoencoder.encode(render(scenes))))
+        real = features(autoencoder.decode(autoencoder.of(scenes))).cpu()
         self.mean, self.covariance = real.mean(0), real.T.cov()
 
     @torch.no_grad()
     def sample(self, sampler: Callable[[Tensor, dict], Tensor]) -> tuple[Tensor, float]:
-        """-> pictures [samples, 3, SIZE, SIZE], seconds per thousand"""
+        """-> pictures [samples, 3, size, size], seconds per thousand"""
         start = time.perf_counter()
-        parts = zip(self.z.split(BATCH), *(value.split(BATCH) for value in self.cond.values()))
+        parts = zip(self.z.split(self.batch), *(value.split(self.batch) for value in self.cond.values()))
         latents = torch.cat([sampler(z, dict(zip(self.cond, values))) for z, *values in parts])
-        return self.autoencoder.decode(latents), (time.perf_counter() - start) * 1000 / len(latents)
+        pictures = self.autoencoder.decode(latents)
+        if pictures.is_cuda:
+            torch.cuda.synchronize()
+        return pictures, (time.perf_counter() - start) * 1000 / len(latents)
 
     def __call__(self, pictures: Tensor) -> dict[str, tuple[float, float]]:
         """Each figure with half the width of its 95% interval, by a delete-one-group jackknife."""
-        found = read_objects(pictures)
-        right, bins, x = accuracy(found, self.scenes), where_drawn(found, self.scenes), features(pictures)
+        found = Found(*(x.cpu() for x in read_objects(pictures)))
+        right, bins, x = accuracy(found, self.scenes), where_drawn(found, self.scenes), features(pictures).cpu()
         caption = self.scenes.colour[:, 0] * len(SHAPES) + self.scenes.shape[:, 0]
 
         def figures(rows: Tensor) -> np.ndarray:
@@ -489,7 +619,8 @@ class Measure:
         return {name: (float(v), float(h)) for name, v, h in zip(("frechet", "diversity", *right), whole, half)}
 
     def euler(self, net: nn.Module, steps: int, guidance: float) -> Callable[[Tensor, dict], Tensor]:
-        times = torch.linspace(1, 0, steps + 1)
+        times, s = torch.linspace(1, 0, steps + 1), self.autoencoder.shift
+        times = s * times / (1 + (s - 1) * times)
         return lambda z, cond: sid_fm.sample_ode(net, z, cond, self.empty, times, guidance)
 
 
@@ -531,19 +662,23 @@ def draw_guidance(out: Path, teacher: dict[float, dict], students: dict[str, dic
 
 def run(args: argparse.Namespace) -> None:
     """Teacher, students, table, figures."""
-    start = time.perf_counter()
-    autoencoder = Autoencoder()
+    start, preset = time.perf_counter(), PRESETS[args.preset]
+    threads = 2 if args.device == "cpu" else 1  # a GPU has one queue, and records graphs while nothing else runs
+    if args.device == "cuda":
+        torch.set_float32_matmul_precision("high")  # products in TF32
+    autoencoder = Autoencoder(preset.size, args.device)
     teacher = prepare_teacher(args, autoencoder)
-    print(
-        f"  teacher ready: {args.teacher_iters} iterations of {BATCH} ({time.perf_counter() - start:.0f} s)", flush=True
-    )
+    count = sum(weight.numel() for weight in teacher.parameters()) / 1e6
+    said = f"{count:.2f} million weights, {args.teacher_iters} iterations of {preset.batch}"
+    print(f"  teacher ready: {said} ({time.perf_counter() - start:.0f} s)", flush=True)
     options = {name: getattr(args, name) for name in ("loss", "alpha", "weight", "noise", "guidance", "lora")}
     free, one, aided = (
         f"{TITLES[args.loss]} {name}" for name in (f"{args.steps}-step", "one-step", f"{args.steps}-step data-aided")
     )
     third = args.iters // 3  # of the iterations continue data-aided, while the one-step student has all
-    with workers("distilling", args.iters * 2) as (submit, tick):
-        run_one = partial(distil, teacher, autoencoder, seed=args.seed, tick=tick("Fisher estimate"), **options)
+    with workers("distilling", args.iters * 2, threads) as (submit, tick):
+        run_one = partial(distil, teacher, autoencoder, seed=args.seed, tick=tick("Fisher estimate"), preset=preset)
+        run_one = partial(run_one, **options)
 
         def both() -> tuple[Distilled, Distilled]:
             first = run_one(iters=args.iters - third, steps=args.steps)
@@ -556,17 +691,12 @@ def run(args: argparse.Namespace) -> None:
         sid_fm.save_student(student, None, args.out / name.lower().replace(" ", "-"))
     print(f"  {len(students)} students distilled ({time.perf_counter() - start:.0f} s)", flush=True)
 
-    measure = Measure(autoencoder, args.samples, args.seed)
+    measure = Measure(autoencoder, args.samples, args.seed, preset.batch if args.device == "cpu" else 500)
+    fresh = draw_again(measure.scenes, torch.Generator().manual_seed(args.seed + 4000))
     rows = {
-        "data": (
-            "-",
-            lambda: (render(draw_again(measure.scenes, torch.Generator().manual_seed(args.seed + 4000))), math.nan),
-        )
+        "data": ("-", lambda: (render(fresh, preset.size), math.nan)),
+        "data, through the autoencoder": ("-", lambda: (autoencoder.decode(autoencoder.of(fresh)), math.nan)),
     }
-    rows["data, through the autoencoder"] = (
-        "-",
-        lambda: (autoencoder.decode(autoencoder.encode(rows["data"][1]()[0])), math.nan),
-    )
     for n in (28, 4, 2, 1):
         rows[f"teacher, {plural(n)}"] = n, partial(measure.sample, measure.euler(teacher, n, args.guidance))
     for name, student in students.items():
@@ -581,7 +711,7 @@ def run(args: argparse.Namespace) -> None:
         tick(torch.tensor(line["all"][0]))
         return pictures, line
 
-    with workers("measuring", len(rows) + len(sweep) + len(dedicated.copies)) as (submit, tick):
+    with workers("measuring", len(rows) + len(sweep) + len(dedicated.copies), threads) as (submit, tick):
         tick = tick("accuracy")
         lines = {name: (n, submit(fill, job, tick)) for name, (n, job) in rows.items()}
         guided = {g: submit(fill, partial(measure.sample, sampler), tick) for g, sampler in sweep.items()}
@@ -650,22 +780,26 @@ def parse() -> argparse.Namespace:
     add("--noise", choices=sid_fm.NOISES, default="fresh", help="between the student's steps (%(default)s)")
     add("--guidance", type=number(float), default=1.0, help="of the teacher, and in distillation (%(default)s)")
     add("--lora", type=number(int, 1), metavar="RANK", help="students as low-rank adapters on the teacher")
+    add("--preset", choices=PRESETS, default="laptop", help="pictures, network and length (%(default)s)")
+    add("--quick", dest="preset", action="store_const", const="quick", help="a short run: --preset quick")
+    add("--device", choices=("cpu", "cuda"), help="where networks live (cpu; with --preset gpu cuda)")
     add("--teacher-iters", type=number(int, 1), help="of the teacher's training (4500; with --quick 900)")
     add("--iters", type=number(int, 3), help="of distillation (1800; with --quick 150)")
     add("--samples", type=number(int, 100), help="a row of the table (4000; with --quick 200)")
     add("--seed", type=number(int, 0), default=0, help="fixes everything (%(default)s)")
     add("--out", type=Path, default=Path("runs/dit_tiny"), help="folder of weights and figures (%(default)s)")
-    add("--quick", action="store_true", help="a short run")
     args = parser.parse_args()
-    args.teacher_iters = args.teacher_iters or (900 if args.quick else 4500)
-    args.iters = args.iters or (150 if args.quick else 1800)
-    args.samples = args.samples or (200 if args.quick else 4000)
+    args.device = args.device or ("cuda" if args.preset == "gpu" else "cpu")
+    for name in ("teacher_iters", "iters", "samples"):
+        setattr(args, name, getattr(args, name) or getattr(PRESETS[args.preset], name))
     return args
 
 
 def main() -> None:
     args = parse()
     try:
+        if args.device == "cuda" and not torch.cuda.is_available():
+            raise sid_fm.BadInput("this machine has no GPU that torch can use: give --device cpu or another --preset")
         make_folder(args.out)
         run(args)
     except sid_fm.BadInput as error:

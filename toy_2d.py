@@ -938,15 +938,15 @@ TEACHER_ITERS = 6000
 
 @contextmanager
 def workers(
-    title: str, iters: int
+    title: str, iters: int, threads: int = 2
 ) -> Iterator[tuple[Callable[..., Future], Callable[[str], Callable[[Tensor], None]]]]:
-    """Two threads (torch lets go of Python's lock inside its kernels), one progress bar, and a clean Ctrl-C.
+    """Threads (torch lets go of Python's lock inside its kernels), one progress bar, and a clean Ctrl-C.
 
     Yields submit(function, *args, **kwargs) -> Future, and tick(label) -> what a training loop calls after each
     iteration with the one number that matters.
     """
     torch.set_num_threads(1)
-    pool, stopped, lock = ThreadPoolExecutor(2), threading.Event(), threading.Lock()
+    pool, stopped, lock = ThreadPoolExecutor(threads), threading.Event(), threading.Lock()
     bar = tqdm(total=iters, desc=title, unit="it", mininterval=0.5, smoothing=0.05, leave=False)
 
     def submit(function: Callable, *args, **kwargs) -> Future:

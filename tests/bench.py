@@ -2,6 +2,7 @@
 
     python tests/bench.py                                          # small networks, on the CPU
     python tests/bench.py --device cuda --teacher sd3-medium       # true sizes, random weights, in bf16
+    python tests/bench.py --device cuda --memory                   # memory of whole runs, beside what they announce
 
 Three contestants take turns on the same parameters and the same random numbers:
 
@@ -34,11 +35,12 @@ def parse() -> argparse.Namespace:
     add("--size", type=int, help="of the latents, a side (16; with --teacher 64)")
     add("--steps", type=int, default=4, help="K (%(default)s)")
     add("--threads", type=int, help="of the CPU (OMP_NUM_THREADS, or torch's choice)")
-    add("--compile", action="store_true", help="torch.compile all networks")
+    add("--compile", action="store_true", help="torch.compile all networks, by block")
+    add("--memory", action="store_true", help="on cuda: peak memory of training each of a list of teachers at 512 px")
     add("--probe", type=int, help=argparse.SUPPRESS)  # in a process of its own: a contestant's peak memory
     args = parser.parse_args()
-    if args.teacher and args.device == "cpu":
-        parser.error("--teacher is for --device cuda")
+    if (args.teacher or args.memory) and args.device == "cpu":
+        parser.error("--teacher and --memory are for --device cuda")
     return args
 
 
@@ -200,8 +202,8 @@ class Bench:
                 trained.forward = torch.autocast(args.device, self.dtype)(trained.forward)
         self.optimizers = self.adam(self.ours)
         if args.compile:
-            for module in (*self.ours, *self.theirs):
-                module.compile()
+            for net in (*self.ours, *(adapter.net for adapter in self.theirs)):
+                sid_fm.compile_blocks(net)
 
     @property
     def oracle(self) -> type[nn.Module]:
@@ -222,8 +224,8 @@ class Bench:
 
     def adam(self, nets: tuple[nn.Module, ...]) -> tuple:
         """The student's and the fake network's, as the command line sets them."""
-        settings = {"lr": 1e-6, "betas": (0.0, 0.999), "eps": 1e-8, "fused": True}
-        return tuple(torch.optim.Adam(n.parameters(), **settings) for n in nets[1:])
+        settings = {"lr": 1e-6, "eps": 1e-8, "fused": True}
+        return tuple(sid_fm.AdamOfGradients(n.parameters(), **settings) for n in nets[1:])
 
     def inputs(self, batch: int, size: int, device: str) -> tuple[tuple[int, ...], dict, dict]:
         """shape of the latents, cond, uncond (one row)."""
@@ -268,7 +270,7 @@ class Bench:
         return run
 
     def operations(self, contestant: int, batch: int, size: int, steps: int) -> float:
-        """Floating-point operations of an iteration, mean over k."""
+        """Floating-point operations of an iteration, mean over k, in which they are linear: of the first and the last."""
         mapping = {torch.ops.aten.convolution_backward: convolution_backward}
 
         def backward(optimizer: torch.optim.Optimizer, losses: Iterable[Tensor]) -> int:
@@ -279,9 +281,8 @@ class Bench:
         counter = FlopCounterMode(display=False, custom_mapping=mapping)
         with counter, mock.patch.object(sid_fm, "update", backward):
             run = self.runner(contestant, batch, size, steps, "meta")
-            for i in range(steps):
-                run(i)
-        return counter.get_total_flops() / steps
+            run(0), run(steps - 1)
+        return counter.get_total_flops() / 2
 
     def peak_memory(self, contestant: int) -> float | None:
         """Bytes. On a GPU all that was allocated; on Linux's CPU the growth of the resident set in a fresh process."""
@@ -430,7 +431,7 @@ def report(bench: Bench, peak: float) -> str:
             lambda _: sid_fm.fill_part(*sid_fm.open_part(bench.family.backbone, Path(folder)), device, bench.dtype),
             lambda _: bench.oracle.from_pretrained(folder, torch_dtype=bench.dtype).to(device),
         ]
-        spent = [median(column) for column in zip(*interleaved(loads, 5, device))]
+        spent = [median(column) for column in zip(*interleaved(loads, 2 if device == "cuda" else 5, device))]
     rows = [[name, ms(x), f"{size / x / 1e9:.2f}"] for name, x in zip(labels, spent)]
     show(f"Loading its checkpoint of {size / 2**20:.0f} MiB from the page cache", ["", "ms", "GB/s"], rows)
 
@@ -450,6 +451,45 @@ def report(bench: Bench, peak: float) -> str:
     spread = f"{slower[0]:.3f} .. {slower[-1]:.3f}"
     text = f"this project takes {median(slower):.3f} ({spread}) of the time of the same loop on diffusers"
     return f"{where}: {text}; at most {BARS[device]:.2f}: {verdict}"
+
+
+BUDGETS = [("sana-0.6b", None), ("sd3-medium", None), ("sd3-medium", 64), ("sd3.5-large", 16), ("flux-dev", 64)]
+
+
+def memory_of(name: str, rank: int | None, device: str, dtype: torch.dtype) -> tuple[float, float]:
+    """Trains a teacher at its true size with random weights for four iterations at 512 px, batch 1, blocks recomputed.
+    Returns the bytes that a run announces before it starts, and those that were allocated at the peak."""
+    outline = sid_fm.describe(name, random_weights=True)
+    guidance = 1.0 if outline.dit.config.get("guidance_embeds") else 4.5
+    shape = (1, *outline.latent_shape(512))
+    parts = sid_fm.memory_needed(outline, shape, dtype, rank or 0, guidance)
+    teacher = sid_fm.load_teacher(name, device, dtype, random_weights=True)
+    teacher.vae.to("cpu")  # as while a run trains
+    student, fake = sid_fm.three_networks(teacher, teacher.dit, rank, device, recompute=True)
+    optimizers = [sid_fm.AdamOfGradients(sid_fm.trained(net), lr=1e-6, fused=True) for net in (student, fake)]
+    cond, uncond = teacher.encode_prompts(["a red fox"]), teacher.encode_prompts([""])
+    settings = {"guidance": guidance, "uncond": uncond, "iters": 4, "rng": torch.Generator(device).manual_seed(0)}
+    torch.cuda.synchronize(), torch.cuda.reset_peak_memory_stats()
+    batches = itertools.repeat((cond, None))
+    skipped = sum(
+        m["skipped"] for m in sid_fm.distill(teacher.dit, student, fake, optimizers, batches, shape, **settings)
+    )
+    if skipped:
+        raise FloatingPointError(f"{skipped:.0f} updates of 8 had no finite gradient")
+    return sum(size for part, size in parts.items() if part != "activations"), torch.cuda.max_memory_allocated()
+
+
+def memory_table() -> int:
+    """Each of BUDGETS in a process of its own. Returns how many failed."""
+    print(f"Peak memory of training, GB\n  {'':26}{'announced':>12}{'measured':>12}", flush=True)
+    failed = 0
+    for i, (name, rank) in enumerate(BUDGETS):
+        command = [sys.executable, __file__, "--device", "cuda", "--memory", "--probe", str(i)]
+        out = subprocess.run(command, capture_output=True, text=True, check=False)
+        failed += out.returncode != 0
+        said = out.stdout if out.returncode == 0 else "  failed: " + (out.stderr.splitlines() or [""])[-1]
+        print(f"  {name + (f' --lora {rank}' if rank else ', in full'):26}{said.rstrip()}", flush=True)
+    return failed
 
 
 def probe(bench_of: Callable[[], Bench], contestant: int) -> None:
@@ -472,10 +512,16 @@ def main(args: argparse.Namespace) -> int:
     if args.threads:
         torch.set_num_threads(args.threads)
     names = [args.teacher or "sd3-medium"] if args.device == "cuda" else args.family or FAMILIES
+    dtype = torch.bfloat16 if args.device == "cuda" else torch.float32
+    if args.memory and args.probe is None:
+        return min(1, memory_table())
+    if args.memory:
+        needed, peak = memory_of(*BUDGETS[args.probe], args.device, dtype)
+        print(f"{needed / 1e9:12.1f}{peak / 1e9:12.1f}")
+        return 0
     if args.probe is not None:
         probe(lambda: Bench(names[0], args), args.probe)
         return 0
-    dtype = torch.bfloat16 if args.device == "cuda" else torch.float32
     peak = matmul_peak(args.device, dtype)
     machine = torch.cuda.get_device_name() if args.device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     print(f"{machine}, torch {torch.__version__}, diffusers {diffusers.__version__}", end="")

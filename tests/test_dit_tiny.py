@@ -12,7 +12,7 @@ import torch
 import dit_tiny
 import sid_fm
 
-CLASSES = {name: sid_fm.PIPELINES[pipeline].backbone_class for name, (pipeline, _) in dit_tiny.NETWORKS.items()}
+CLASSES = {name: sid_fm.PIPELINES[pipeline].backbone_class for name, pipeline in dit_tiny.NETWORKS.items()}
 
 
 def rng(seed=0):
@@ -38,7 +38,7 @@ def test_every_picture_of_the_data_is_read_as_its_caption(scenes, pictures):
 def test_the_autoencoder_keeps_what_is_read(scenes, pictures):
     autoencoder = dit_tiny.Autoencoder()
     latents = autoencoder.encode(pictures)
-    assert latents.shape[1:] == dit_tiny.SHAPE
+    assert latents.shape[1:] == dit_tiny.LAPTOP.latent
     right = dit_tiny.accuracy(dit_tiny.read_objects(autoencoder.decode(latents)), scenes)
     assert right["all"].mean() > 0.99
     torch.testing.assert_close(autoencoder.encode(autoencoder.decode(latents)), latents, atol=1e-4, rtol=0)
@@ -141,7 +141,10 @@ def test_fresh_pictures_of_the_same_captions(scenes):
 def test_networks_open_in_diffusers(arch, tmp_path):
     net = dit_tiny.build(arch, 0)
     assert (
-        net(torch.randn(2, *dit_tiny.SHAPE), torch.rand(2), dit_tiny.encode_text(["red circle", ""])).abs().max() == 0
+        net(torch.randn(2, *dit_tiny.LAPTOP.latent), torch.rand(2), dit_tiny.encode_text(["red circle", ""]))
+        .abs()
+        .max()
+        == 0
     )
     for weight in net.parameters():
         torch.nn.init.normal_(weight, std=0.1)
@@ -150,7 +153,7 @@ def test_networks_open_in_diffusers(arch, tmp_path):
     ours = dit_tiny.open_network(arch, tmp_path / "net")
     assert sum(p.numel() for p in oracle.parameters()) == sum(p.numel() for p in ours.parameters())
     x, t, cond = (
-        torch.randn(2, *dit_tiny.SHAPE),
+        torch.randn(2, *dit_tiny.LAPTOP.latent),
         torch.rand(2),
         dit_tiny.encode_text(["red circle", "two blue squares"]),
     )
@@ -215,3 +218,53 @@ def test_bad_input_is_one_line(wrong, monkeypatch, tmp_path, capsys):
         main(monkeypatch, "--out", tmp_path / "out", *wrong)
     message = capsys.readouterr().err
     assert stop.value.code == 2 and message.count("\n") == 1 and not Path(tmp_path / "out").exists()
+
+
+def evaluate_in_turn(net, device):
+    """Gradients and outputs of what distillation asks of a network: without gradients, of weights, of inputs, and two
+    evaluations of one kind before either's backward."""
+    cond = {key: x.to(device) for key, x in dit_tiny.encode_text(["red circle", "two blue squares"]).items()}
+    x = torch.randn(2, *dit_tiny.LAPTOP.latent, generator=rng()).to(device)
+    t, found = torch.tensor([0.3, 0.8], device=device), []
+    for scale in (1.0, 2.0, 3.0):  # the first time records, the others replay
+        with torch.no_grad():
+            first, second = net(scale * x, t, cond), net(-scale * x, t, cond)
+        found += [first, second]
+        net.requires_grad_(True)
+        (v, hidden), (_, other) = (net(y, t, cond, features=True) for y in (scale * x, x + 1))
+        (v.square().sum() + hidden.square().sum() + other.sum()).backward()
+        found += [v.detach(), hidden.detach(), *(w.grad.clone() for w in net.parameters() if w.grad is not None)]
+        net.zero_grad()
+        net.requires_grad_(False)
+        y = (scale * x).requires_grad_()
+        (grad,) = torch.autograd.grad(net(y, t, cond).square().sum(), y)
+        found.append(grad.clone())
+    return found
+
+
+def random_network():
+    net = dit_tiny.build("mmdit", 0)
+    with torch.no_grad():
+        for w in net.parameters():
+            w.copy_(0.1 * torch.randn(w.shape, generator=rng(w.numel())))
+    return net
+
+
+def test_each_kind_of_evaluation_is_recorded_once_and_kept_until_its_backward(monkeypatch):
+    calls = []
+    monkeypatch.setattr(torch.cuda, "make_graphed_callables", lambda call, samples, **_: calls.append(samples) or call)
+    net = random_network()
+    expected = evaluate_in_turn(net, "cpu")
+    assert all(
+        torch.equal(a, b) for a, b in zip(expected, evaluate_in_turn(dit_tiny.Replayed(net), "cpu"), strict=True)
+    )
+    # Without gradients, of weights twice as both wait for one backward, and of inputs
+    assert len(calls) == 4
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_replayed_network_is_the_network():
+    net = random_network().cuda()
+    expected, got = evaluate_in_turn(net, "cuda"), evaluate_in_turn(dit_tiny.Replayed(net), "cuda")
+    for a, b in zip(expected, got, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4 * float(a.abs().max()))

@@ -102,6 +102,9 @@ def test_every_flag_exists(monkeypatch, capsys):
         with pytest.raises(SystemExit), contextlib.redirect_stdout(io.StringIO()) as out:
             parse(script, ["--help"], monkeypatch)
         flags |= set(re.findall(r"--[a-z][\w-]*", out.getvalue()))
+    command = [sys.executable, ROOT / "tests" / "bench.py", "--help"]
+    bench = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    flags |= set(re.findall(r"--[a-z][\w-]*", bench.split("options:")[1]))
     mentioned = set(re.findall(r"(?<![\w-])--[a-z][\w-]*", TEXT)) - {"--nproc_per_node"}
     assert mentioned and mentioned <= flags, mentioned - flags
 

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import diffusers
@@ -51,7 +52,7 @@ def inputs(n, dtype=torch.float32, seed=0):
 
 
 def adam(net, lr=1e-3, fused=True):
-    return torch.optim.Adam(sid_fm.trained(net), lr=lr, betas=(0.0, 0.99), fused=fused)
+    return sid_fm.AdamOfGradients(sid_fm.trained(net), beta2=0.99, lr=lr, fused=fused)
 
 
 def run_iterations(nets, optimizers, iters, rows=4, part=slice(None), rng=None, dtype=torch.float32, **options):
@@ -165,6 +166,25 @@ def test_float32_weights_compute_in_bf16_what_bf16_weights_compute(name):
     torch.testing.assert_close(student(x_t, t, cond), 2 * v)  # no rounded weight outlives an update
 
 
+@pytest.mark.parametrize("fused", [True, False])
+def test_adam_of_gradients_is_adam_in_half_the_memory(fused):
+    nets, gradients = [network("sd3") for _ in range(2)], []
+    options = {"lr": 1e-3, "fused": fused}
+    ours = sid_fm.AdamOfGradients(nets[0].parameters(), beta2=0.9, **options)
+    theirs = torch.optim.Adam(nets[1].parameters(), betas=(0.0, 0.9), **options)
+    for i in range(4):
+        for net, optimizer in zip(nets, (ours, theirs)):
+            x_t, t, cond = inputs(2, seed=i)
+            sid_fm.update(optimizer, [net(x_t, t, cond).square().sum()])
+            gradients.append([w.grad for w in net.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*(net.parameters() for net in nets), strict=True))
+    moments = [
+        sum(x.numel() for state in optimizer.state.values() for x in state.values()) for optimizer in (ours, theirs)
+    ]
+    steps = len(ours.state)
+    assert 2 * (moments[0] - steps) == moments[1] - steps and not any(g is not None for row in gradients for g in row)
+
+
 @pytest.mark.parametrize("name", NETWORKS)
 def test_recomputed_blocks_give_the_same_gradients_from_less_memory(name):
     plain, recomputed = network(name), network(name)
@@ -246,9 +266,10 @@ def test_compiled_blocks_compute_the_same(family):
 
 
 @pytest.mark.parametrize("fused", [True, False])
-def test_an_update_without_a_finite_gradient_is_skipped(fused):
+@pytest.mark.parametrize("kind", [partial(torch.optim.Adam, betas=(0.5, 0.9)), sid_fm.AdamOfGradients])
+def test_an_update_without_a_finite_gradient_is_skipped(kind, fused):
     net = torch.nn.Linear(3, 2)
-    optimizer = torch.optim.Adam(net.parameters(), lr=0.1, betas=(0.5, 0.9), fused=fused)
+    optimizer = kind(net.parameters(), lr=0.1, fused=fused)
     for factor, skipped in ((1.0, 0), (float("nan"), 1), (float("inf"), 1), (1.0, 0)):
         before = copy.deepcopy((net.state_dict(), optimizer.state_dict()["state"]))
         assert sid_fm.update(optimizer, [(factor * net(torch.ones(4, 3))).sum()]) == skipped
