@@ -691,7 +691,7 @@ def run(args: argparse.Namespace) -> None:
         sid_fm.save_student(student, None, args.out / name.lower().replace(" ", "-"))
     print(f"  {len(students)} students distilled ({time.perf_counter() - start:.0f} s)", flush=True)
 
-    measure = Measure(autoencoder, args.samples, args.seed, preset.batch if args.device == "cpu" else 500)
+    measure = Measure(autoencoder, args.samples, args.seed, preset.batch if args.device == "cpu" else 2000)
     fresh = draw_again(measure.scenes, torch.Generator().manual_seed(args.seed + 4000))
     rows = {
         "data": ("-", lambda: (render(fresh, preset.size), math.nan)),

@@ -623,11 +623,33 @@ def sinusoidal(t: Tensor) -> Tensor:
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
 
+class CastLinear(torch.autograd.Function):
+    """x W^T + b in the dtype of x, with W and b in a wider one. Autograd would keep a cast W until the backward, and so a
+    copy of a whole network; this casts it again."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight)
+        return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        rows, (for_x, for_weight, for_bias) = grad.flatten(0, -2), ctx.needs_input_grad
+        return (
+            grad @ weight.to(grad.dtype) if for_x else None,
+            (rows.T @ x.flatten(0, -2)).to(weight.dtype) if for_weight else None,
+            rows.sum(0).to(weight.dtype) if for_bias else None,
+        )
+
+
 class Linear(nn.Linear):
     """x W^T + b in the dtype of x."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+        if x.dtype == self.weight.dtype:
+            return F.linear(x, self.weight, self.bias)
+        return CastLinear.apply(x, self.weight, self.bias)
 
 
 class Conv2d(nn.Conv2d):
@@ -729,14 +751,14 @@ class Conditioning(nn.Module):
 
 
 class Modulation(nn.Module):
-    """c -> n shifts, scales and gates. [B, D] -> n tensors [B, 1, D]"""
+    """silu(c) -> n shifts, scales and gates. [B, D] -> n tensors [B, 1, D]"""
 
     def __init__(self, dim: int, n: int):
         super().__init__()
         self.n, self.linear = n, Linear(dim, n * dim)
 
     def forward(self, c: Tensor) -> tuple[Tensor, ...]:
-        return self.linear(F.silu(c))[:, None].chunk(self.n, dim=-1)
+        return self.linear(c)[:, None].chunk(self.n, dim=-1)
 
 
 def feed_forward(dim: int) -> Chain:
@@ -894,7 +916,7 @@ class MMDiT(Backbone):
     def forward(self, x_t: Tensor, t: Tensor, cond: dict, features: bool = False):
         x = self.pos_embed(x_t.to(self.dtype))
         text = self.context_embedder(cond["text"].to(self.dtype))
-        c = self.time_text_embed(1000 * t, None, cond["pooled"], self.dtype)
+        c = F.silu(self.time_text_embed(1000 * t, None, cond["pooled"], self.dtype))  # all that its readers need of it
         for block in self.transformer_blocks:
             x, text = block(x, text, c)
         scale, shift = self.norm_out(c)
@@ -982,7 +1004,7 @@ class FLUX(Backbone):
     def forward(self, x_t: Tensor, t: Tensor, cond: dict, features: bool = False):
         packed = F.pixel_unshuffle(x_t.to(self.dtype), 2)  # [B, 4 C, h / 2, w / 2]
         x, text = self.x_embedder(packed.flatten(2).transpose(1, 2)), self.context_embedder(cond["text"].to(self.dtype))
-        c = self.time_text_embed(1000 * t, 1000 * self.guidance_of(cond, t), cond["pooled"], self.dtype)
+        c = F.silu(self.time_text_embed(1000 * t, 1000 * self.guidance_of(cond, t), cond["pooled"], self.dtype))
         rope = rope_table(*packed.shape[-2:], text.shape[1], self.axes, x.device)
         for block in self.transformer_blocks:
             x, text = block(x, text, c, rope)
@@ -2222,7 +2244,7 @@ def memory_needed(
         net = build(teacher.family.backbone, config)
         size = sum(p.numel() for p in net.parameters())
         count = sum(p.numel() for p in trained(adapt(net, rank) if rank else net))
-    if rank or world > 1:  # else weights are float32, and what products keep of them, in dtype, counts
+    if rank or world > 1:  # as they are then
         net.to(dtype)
     compute_in(net, dtype)
     width = config.get("joint_attention_dim") or config["caption_channels"]

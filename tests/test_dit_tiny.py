@@ -35,10 +35,30 @@ def test_every_picture_of_the_data_is_read_as_its_caption(scenes, pictures):
     assert 0 < right["relation"].isnan().float().mean() < 1
 
 
-def test_the_autoencoder_keeps_what_is_read(scenes, pictures):
-    autoencoder = dit_tiny.Autoencoder()
+def test_larger_pictures_show_the_same_scenes(scenes):
+    some = dit_tiny.Scenes(*(x[:300] for x in scenes))
+    pictures = dit_tiny.render(some, 64)
+    assert pictures.shape == (300, 3, 64, 64)
+    found = dit_tiny.read_objects(pictures)
+    assert dit_tiny.accuracy(found, some)["all"].mean() == 1
+    one = (some.count == 1)[found.picture]
+    # As below, by the size of a pixel: 24 / 64 of the scene's unit
+    assert (found.radius - some.radius[:, 0][found.picture])[one].abs().max() < 0.15 * 24 / 64
+    assert (found.centre - some.centre[:, 0][found.picture])[one].abs().max() < 0.15 * 24 / 64
+    small = dit_tiny.render(some)
+    # 8 x 8 pixels of the one and 3 x 3 of the other stand for the same place. Of an edge's pixels, 8 of 64 and 3 of 9, the
+    # cover is off by an eighth at most, and the contrast is 1.8 at most.
+    shown, large = (torch.nn.functional.adaptive_avg_pool2d(x, 8) for x in (small, pictures))
+    assert (shown - large).abs().max() < 1.8 / 8 * (8 / 64 + 3 / 9)
+
+
+@pytest.mark.parametrize("size", [24, 64])
+def test_the_autoencoder_keeps_what_is_read(size, scenes):
+    scenes = dit_tiny.Scenes(*(x[:400] for x in scenes))
+    pictures = dit_tiny.render(scenes, size)
+    autoencoder = dit_tiny.Autoencoder(size)
     latents = autoencoder.encode(pictures)
-    assert latents.shape[1:] == dit_tiny.LAPTOP.latent
+    assert latents.shape[1:] == dit_tiny.LAPTOP._replace(size=size).latent
     right = dit_tiny.accuracy(dit_tiny.read_objects(autoencoder.decode(latents)), scenes)
     assert right["all"].mean() > 0.99
     torch.testing.assert_close(autoencoder.encode(autoencoder.decode(latents)), latents, atol=1e-4, rtol=0)
@@ -210,6 +230,33 @@ def test_the_whole_of_it_in_miniature(monkeypatch, tmp_path, capsys):
     dit_tiny.prepare_teacher(dit_tiny.parse(), dit_tiny.Autoencoder())
     assert (tmp_path / "teacher" / "diffusion_pytorch_model.safetensors").stat().st_mtime_ns == before
     assert "the one in" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("arch", dit_tiny.NETWORKS)
+def test_the_larger_preset_trains_and_is_distilled(arch):
+    """Its pictures, its depth and its kind of head, in a narrow network and for a moment."""
+    preset, autoencoder = dit_tiny.PRESETS["gpu"]._replace(heads=1, batch=4), dit_tiny.Autoencoder(64)
+    net, losses = dit_tiny.build(arch, 0, preset), []
+    assert net.config["num_layers"] + net.config.get("num_single_layers", 0) == 8
+    with dit_tiny.workers("teacher", 2) as (submit, _):
+        teacher = dit_tiny.train_teacher(net, autoencoder, preset, 2, 0, submit, losses.append)
+    # The output starts at zero, and the loss a number at |e - x_0|^2: 2 where latents have unit variance.
+    assert len(losses) == 2 and 1 < losses[0] < 3
+    settings = {"loss": "sid", "alpha": 1.0, "weight": "1-t", "noise": "fresh", "guidance": 1.0, "steps": 2}
+    run = dit_tiny.distil(teacher, autoencoder, 2, 0, lambda x: None, preset=preset, **settings)
+    z, cond = torch.randn(2, *preset.latent, generator=rng()), dit_tiny.encode_text(["red circle", "two blue squares"])
+    pictures = autoencoder.decode(sid_fm.generate(run.student, z, cond, steps=2, rng=rng()))
+    assert pictures.shape == (2, 3, 64, 64) and pictures.isfinite().all()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.parametrize("options", [("--preset", "gpu"), ("--device", "cuda")])
+def test_a_machine_without_a_gpu_is_one_line(options, monkeypatch, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(monkeypatch, "--out", tmp_path / "out", *options)
+    message = capsys.readouterr().err
+    assert stop.value.code == 2 and message.count("\n") == 1 and "--device cpu" in message
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("wrong", [("--arch", "unet"), ("--steps", "0"), ("--samples", "1")])
