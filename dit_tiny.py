@@ -364,11 +364,6 @@ class Autoencoder:
         return F.pixel_shuffle(blocks.movedim(-1, 1), BLOCK)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Teacher and students
-# ----------------------------------------------------------------------------------------------------------------------
-
-
 class Call(nn.Module):
     """An evaluation as a function of tensors alone."""
 
@@ -423,6 +418,10 @@ def on_device(x: Tensor, device: str) -> Tensor:
     return x if device == "cpu" else x.pin_memory().to(device, non_blocking=True)
 
 
+# ----------------------------------------------------------------------------------------------------------------------
+# Teacher and students
+# ----------------------------------------------------------------------------------------------------------------------
+
 DROPPED = 0.1  # share of captions that the teacher's training replaces by the empty prompt
 TEACHER_LR = 5e-3
 # Learning rates of the student and of its fake network, which has to keep up.
@@ -465,7 +464,7 @@ def train_teacher(
         jobs = [submit(gradients, part, cond, x_0, e, t) for part in parts]
         losses, grads = zip(*(job.result() for job in jobs))
         for weight, *halves in zip(weights, *grads):
-            weight.grad = halves[0] if halves[1:] == [] else (halves[0] + halves[1]) / 2
+            weight.grad = halves[0] if len(parts) == 1 else (halves[0] + halves[1]) / 2
         optimizer.step()
         schedule.step()
         average.update_parameters(net)
@@ -783,9 +782,9 @@ def parse() -> argparse.Namespace:
     add("--preset", choices=PRESETS, default="laptop", help="pictures, network and length (%(default)s)")
     add("--quick", dest="preset", action="store_const", const="quick", help="a short run: --preset quick")
     add("--device", choices=("cpu", "cuda"), help="where networks live (cpu; with --preset gpu cuda)")
-    add("--teacher-iters", type=number(int, 1), help="of the teacher's training (4500; with --quick 900)")
-    add("--iters", type=number(int, 3), help="of distillation (1800; with --quick 150)")
-    add("--samples", type=number(int, 100), help="a row of the table (4000; with --quick 200)")
+    add("--teacher-iters", type=number(int, 1), help="of the teacher's training (4500; quick 900, gpu 4000)")
+    add("--iters", type=number(int, 3), help="of distillation (1800; quick 150, gpu 1500)")
+    add("--samples", type=number(int, 100), help="a row of the table (4000; quick 200)")
     add("--seed", type=number(int, 0), default=0, help="fixes everything (%(default)s)")
     add("--out", type=Path, default=Path("runs/dit_tiny"), help="folder of weights and figures (%(default)s)")
     args = parser.parse_args()

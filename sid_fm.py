@@ -751,14 +751,14 @@ class Conditioning(nn.Module):
 
 
 class Modulation(nn.Module):
-    """silu(c) -> n shifts, scales and gates. [B, D] -> n tensors [B, 1, D]"""
+    """c -> n shifts, scales and gates. [B, D] -> n tensors [B, 1, D]"""
 
     def __init__(self, dim: int, n: int):
         super().__init__()
         self.n, self.linear = n, Linear(dim, n * dim)
 
     def forward(self, c: Tensor) -> tuple[Tensor, ...]:
-        return self.linear(c)[:, None].chunk(self.n, dim=-1)
+        return self.linear(F.silu(c))[:, None].chunk(self.n, dim=-1)
 
 
 def feed_forward(dim: int) -> Chain:
@@ -916,7 +916,7 @@ class MMDiT(Backbone):
     def forward(self, x_t: Tensor, t: Tensor, cond: dict, features: bool = False):
         x = self.pos_embed(x_t.to(self.dtype))
         text = self.context_embedder(cond["text"].to(self.dtype))
-        c = F.silu(self.time_text_embed(1000 * t, None, cond["pooled"], self.dtype))  # all that its readers need of it
+        c = self.time_text_embed(1000 * t, None, cond["pooled"], self.dtype)
         for block in self.transformer_blocks:
             x, text = block(x, text, c)
         scale, shift = self.norm_out(c)
@@ -1004,7 +1004,7 @@ class FLUX(Backbone):
     def forward(self, x_t: Tensor, t: Tensor, cond: dict, features: bool = False):
         packed = F.pixel_unshuffle(x_t.to(self.dtype), 2)  # [B, 4 C, h / 2, w / 2]
         x, text = self.x_embedder(packed.flatten(2).transpose(1, 2)), self.context_embedder(cond["text"].to(self.dtype))
-        c = F.silu(self.time_text_embed(1000 * t, 1000 * self.guidance_of(cond, t), cond["pooled"], self.dtype))
+        c = self.time_text_embed(1000 * t, 1000 * self.guidance_of(cond, t), cond["pooled"], self.dtype)
         rope = rope_table(*packed.shape[-2:], text.shape[1], self.axes, x.device)
         for block in self.transformer_blocks:
             x, text = block(x, text, c, rope)
