@@ -116,12 +116,12 @@ def coverage(shape: Tensor, radius: Tensor, centre: Tensor, size: int) -> Tensor
 
 def render(scenes: Scenes, size: int = SIZE) -> Tensor:
     """-> pictures [n, 3, size, size] in [-1, 1], where the scenes' tensors are"""
-    background, *colours = PALETTE.to(scenes.radius.device)
-    pictures = background[:, None, None].expand(len(scenes.count), 3, size, size)
+    palette = PALETTE.to(scenes.radius.device)
+    pictures = palette[0][:, None, None].expand(len(scenes.count), 3, size, size)
     for i in range(2):
         cover = coverage(scenes.shape[:, i], scenes.radius[:, i], scenes.centre[:, i], size)
         cover = (cover * (scenes.count > i)[:, None, None])[:, None]
-        pictures = pictures + cover * (torch.stack(colours)[scenes.colour[:, i]][:, :, None, None] - pictures)
+        pictures = pictures + cover * (palette[1:][scenes.colour[:, i]][:, :, None, None] - pictures)
     return pictures
 
 
@@ -169,11 +169,11 @@ def read_objects(pictures: Tensor) -> Found:
     covered = torch.einsum("mcyx,mc->myx", pictures[picture] - palette[0][:, None, None], tint).clamp(0, 1)
     edge = (F.max_pool2d(mask[:, None].float(), 3, 1, 1)[:, 0] > 0) & (nearest[picture] == 0)
     covered = covered * (mask | edge)
-    pixels, grid = covered.sum((1, 2)), pixels_of(size, pictures.device)
-    centroid = torch.stack([covered.sum(1) @ grid, covered.sum(2) @ grid], 1) / pixels[:, None]
+    total, grid = covered.sum((1, 2)), pixels_of(size, pictures.device)
+    centroid = torch.stack([covered.sum(1) @ grid, covered.sum(2) @ grid], 1) / total[:, None]
     # Areas are pi r^2, (2 r)^2 and 2 r^2; a triangle's centroid lies r / 3 below the middle of its box.
-    radii = (pixels * area_of_pixel / torch.tensor([math.pi, 4, 2]).to(pixels)[:, None]).sqrt()
-    below = torch.tensor([[0, 0], [0, 0], [0, 1 / 3]]).to(pixels)
+    radii = (total * area_of_pixel / torch.tensor([math.pi, 4, 2]).to(total)[:, None]).sqrt()
+    below = torch.tensor([[0, 0], [0, 0], [0, 1 / 3]]).to(total)
     centres = centroid - radii[..., None] * below[:, None]
     overlap = []
     for shape in range(len(SHAPES)):
@@ -259,29 +259,34 @@ EMBEDDING = EMBEDDING.view(LENGTH, len(WORDS), WIDTH) * WIDTH**0.5
 BLOCK, CHANNELS = 4, 12  # a latent pixel stands for BLOCK x BLOCK pixels
 
 
+def latent_shape(size: int = SIZE) -> tuple[int, int, int]:
+    """Of a picture of size x size pixels."""
+    return CHANNELS, size // BLOCK, size // BLOCK
+
+
 class Preset(NamedTuple):
-    """What --preset settles: pictures, network, and how long and how fast it is trained."""
+    """What --preset settles: pictures, network, and how long it is trained."""
 
     size: int  # pixels a side of a picture
     heads: int
     head_dim: int
     layers: int
     batch: int
-    rate: float  # of learning, over that of the preset "laptop": as 1 / width, which is what Adam wants
     teacher_iters: int
     iters: int  # of distillation
     samples: int  # a row of the table
 
     @property
-    def latent(self) -> tuple[int, int, int]:
-        return CHANNELS, self.size // BLOCK, self.size // BLOCK
+    def rate(self) -> float:
+        """What learning rates are multiplied by: those below are for a width of 64, and Adam wants them as 1 / width."""
+        return 64 / (self.heads * self.head_dim)
 
 
-LAPTOP = Preset(24, 4, 16, 4, 64, 1.0, 4500, 1800, 4000)
+LAPTOP = Preset(SIZE, 4, 16, 4, 64, 4500, 1800, 4000)
 PRESETS = {
     "laptop": LAPTOP,
     "quick": LAPTOP._replace(teacher_iters=900, iters=150, samples=200),
-    "gpu": Preset(64, 5, 64, 8, 64, 1 / 5, 4000, 1500, 4000),
+    "gpu": Preset(64, 5, 64, 8, 64, 4000, 1500, 4000),
 }
 
 NETWORKS = {"mmdit": sid_fm.SD3, "sana": sid_fm.SANA, "flux": sid_fm.FLUX1}  # the pipelines whose networks they are
@@ -289,7 +294,7 @@ NETWORKS = {"mmdit": sid_fm.SD3, "sana": sid_fm.SANA, "flux": sid_fm.FLUX1}  # t
 
 def network(arch: str, preset: Preset) -> dict:
     """The configuration, as a checkpoint's config.json has it."""
-    side, head, layers = preset.latent[1], preset.head_dim, preset.layers
+    side, head, layers = latent_shape(preset.size)[1], preset.head_dim, preset.layers
     common = {"num_attention_heads": preset.heads, "attention_head_dim": head}
     # fmt: off
     return common | {
@@ -365,7 +370,7 @@ class Autoencoder:
 
 
 class Call(nn.Module):
-    """An evaluation as a function of tensors alone."""
+    """An evaluation as a module of tensors alone, which is what can be recorded."""
 
     def __init__(self, net: nn.Module, names: tuple[str, ...], features: bool):
         super().__init__()
@@ -386,7 +391,8 @@ class Replayed(nn.Module):
 
     def __init__(self, net: nn.Module):
         super().__init__()
-        self.net, self.weights, self.free = net, [*net.parameters()], {}
+        self.net, self.free = net, {}
+        self.weights = [*net.parameters()]  # to walk the modules at each call would take longer than the call
 
     def forward(self, x_t: Tensor, t: Tensor, cond: dict, features: bool = False):
         inputs = x_t, t, *cond.values()
@@ -520,7 +526,7 @@ def distil(
     uncond = {key: value.to(device) for key, value in encode_text([""]).items()}
     options |= {"iters": iters, "rng": rng, "warmup": (wait, alone), "uncond": uncond}
     nets = [net if device == "cpu" else Replayed(net) for net in (teacher, student, fake)]
-    for measured in sid_fm.distill(*nets, optimizers, batches(), (batch, *preset.latent), **options):
+    for measured in sid_fm.distill(*nets, optimizers, batches(), (batch, *latent_shape(preset.size)), **options):
         schedules[1].step()
         if measured["images"] - batch >= wait:
             schedules[0].step()
@@ -546,20 +552,14 @@ def prepare_teacher(args: argparse.Namespace, autoencoder: Autoencoder) -> nn.Mo
     """The teacher of a former run with the same settings, or a new one, saved in the diffusers layout."""
     folder = args.out / "teacher"
     preset = PRESETS[args.preset]
-    network = {key: getattr(preset, key) for key in ("size", "heads", "head_dim", "layers", "batch", "rate")}
-    settings = {
-        "arch": args.arch,
-        "iterations": args.teacher_iters,
-        "seed": args.seed,
-        "device": args.device,
-        **network,
-    }
+    settings = {"arch": args.arch, "iterations": args.teacher_iters, "seed": args.seed, "device": args.device}
+    settings |= {key: getattr(preset, key) for key in ("size", "heads", "head_dim", "layers", "batch")}
     notes = folder / "training.json"
     if notes.is_file() and json.loads(notes.read_text()) == settings:
         print(f"  teacher: the one in {folder}")
         return open_network(args.arch, folder, args.device)
     net = build(args.arch, args.seed, preset).to(args.device)
-    with workers("teacher", args.teacher_iters, 2 if args.device == "cpu" else 1) as (submit, tick):
+    with workers("teacher", args.teacher_iters) as (submit, tick):
         net = train_teacher(net, autoencoder, preset, args.teacher_iters, args.seed, submit, tick("loss"))
     sid_fm.save_student(net, None, folder)
     write_json(notes, settings)
@@ -583,8 +583,8 @@ class Measure:
         self.cond, self.empty = (
             {key: value.to(device) for key, value in encode_text(texts).items()} for texts in (self.texts, [""])
         )
-        latent = CHANNELS, autoencoder.size // BLOCK, autoencoder.size // BLOCK
-        self.z = torch.randn(samples, *latent, generator=torch.Generator().manual_seed(seed + 2000)).to(device)
+        rng = torch.Generator().manual_seed(seed + 2000)
+        self.z = torch.randn(samples, *latent_shape(autoencoder.size), generator=rng).to(device)
         # Against data as the autoencoder shows them: what it loses is no network's doing.
         scenes = draw_scenes(20_000, torch.Generator().manual_seed(seed + 3000))
         real = features(autoencoder.decode(autoencoder.of(scenes))).cpu()
@@ -670,14 +670,13 @@ def run(args: argparse.Namespace) -> None:
     count = sum(weight.numel() for weight in teacher.parameters()) / 1e6
     said = f"{count:.2f} million weights, {args.teacher_iters} iterations of {preset.batch}"
     print(f"  teacher ready: {said} ({time.perf_counter() - start:.0f} s)", flush=True)
-    options = {name: getattr(args, name) for name in ("loss", "alpha", "weight", "noise", "guidance", "lora")}
+    options = {name: getattr(args, name) for name in ("loss", "alpha", "weight", "noise", "guidance", "lora", "seed")}
     free, one, aided = (
         f"{TITLES[args.loss]} {name}" for name in (f"{args.steps}-step", "one-step", f"{args.steps}-step data-aided")
     )
     third = args.iters // 3  # of the iterations continue data-aided, while the one-step student has all
     with workers("distilling", args.iters * 2, threads) as (submit, tick):
-        run_one = partial(distil, teacher, autoencoder, seed=args.seed, tick=tick("Fisher estimate"), preset=preset)
-        run_one = partial(run_one, **options)
+        run_one = partial(distil, teacher, autoencoder, tick=tick("Fisher estimate"), preset=preset, **options)
 
         def both() -> tuple[Distilled, Distilled]:
             first = run_one(iters=args.iters - third, steps=args.steps)

@@ -624,7 +624,7 @@ def sinusoidal(t: Tensor) -> Tensor:
 
 
 class CastLinear(torch.autograd.Function):
-    """x W^T + b in the dtype of x, with W and b in a wider one. Autograd would keep a cast W until the backward, and so a
+    """x W^T + b in the dtype of x, with W and b in another, wider one. Autograd would keep a cast W until the backward, and so a
     copy of a whole network; this casts it again."""
 
     @staticmethod
@@ -2244,7 +2244,7 @@ def memory_needed(
         net = build(teacher.family.backbone, config)
         size = sum(p.numel() for p in net.parameters())
         count = sum(p.numel() for p in trained(adapt(net, rank) if rank else net))
-    if rank or world > 1:  # as they are then
+    if rank or world > 1:  # frozen weights, and what FSDP2 gathers, are in dtype; else convolutions keep cast copies
         net.to(dtype)
     compute_in(net, dtype)
     width = config.get("joint_attention_dim") or config["caption_channels"]
@@ -2360,7 +2360,7 @@ def three_networks(
             for w in trained(net):
                 w.data = w.data.float()
             compute_in(net, dtype)
-    if recompute:
+    if recompute and device == "cuda":
         # There training ended in an illegal memory access (H200, torch 2.11), of which cuDNN's attention is suspected.
         torch.backends.cuda.enable_cudnn_sdp(False)
     for net in (teacher.dit, student, fake):

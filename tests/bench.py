@@ -431,7 +431,7 @@ def report(bench: Bench, peak: float) -> str:
             lambda _: sid_fm.fill_part(*sid_fm.open_part(bench.family.backbone, Path(folder)), device, bench.dtype),
             lambda _: bench.oracle.from_pretrained(folder, torch_dtype=bench.dtype).to(device),
         ]
-        spent = [median(column) for column in zip(*interleaved(loads, 2 if device == "cuda" else 5, device))]
+        spent = [median(column) for column in zip(*interleaved(loads, 3, device))]
     rows = [[name, ms(x), f"{size / x / 1e9:.2f}"] for name, x in zip(labels, spent)]
     show(f"Loading its checkpoint of {size / 2**20:.0f} MiB from the page cache", ["", "ms", "GB/s"], rows)
 

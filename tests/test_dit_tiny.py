@@ -58,7 +58,7 @@ def test_the_autoencoder_keeps_what_is_read(size, scenes):
     pictures = dit_tiny.render(scenes, size)
     autoencoder = dit_tiny.Autoencoder(size)
     latents = autoencoder.encode(pictures)
-    assert latents.shape[1:] == dit_tiny.LAPTOP._replace(size=size).latent
+    assert latents.shape[1:] == dit_tiny.latent_shape(size)
     right = dit_tiny.accuracy(dit_tiny.read_objects(autoencoder.decode(latents)), scenes)
     assert right["all"].mean() > 0.99
     torch.testing.assert_close(autoencoder.encode(autoencoder.decode(latents)), latents, atol=1e-4, rtol=0)
@@ -160,12 +160,8 @@ def test_fresh_pictures_of_the_same_captions(scenes):
 @pytest.mark.parametrize("arch", dit_tiny.NETWORKS)
 def test_networks_open_in_diffusers(arch, tmp_path):
     net = dit_tiny.build(arch, 0)
-    assert (
-        net(torch.randn(2, *dit_tiny.LAPTOP.latent), torch.rand(2), dit_tiny.encode_text(["red circle", ""]))
-        .abs()
-        .max()
-        == 0
-    )
+    x, cond = torch.randn(2, *dit_tiny.latent_shape()), dit_tiny.encode_text(["red circle", ""])
+    assert net(x, torch.rand(2), cond).abs().max() == 0
     for weight in net.parameters():
         torch.nn.init.normal_(weight, std=0.1)
     sid_fm.save_student(net, None, tmp_path / "net")
@@ -173,7 +169,7 @@ def test_networks_open_in_diffusers(arch, tmp_path):
     ours = dit_tiny.open_network(arch, tmp_path / "net")
     assert sum(p.numel() for p in oracle.parameters()) == sum(p.numel() for p in ours.parameters())
     x, t, cond = (
-        torch.randn(2, *dit_tiny.LAPTOP.latent),
+        torch.randn(2, *dit_tiny.latent_shape()),
         torch.rand(2),
         dit_tiny.encode_text(["red circle", "two blue squares"]),
     )
@@ -244,7 +240,10 @@ def test_the_larger_preset_trains_and_is_distilled(arch):
     assert len(losses) == 2 and 1 < losses[0] < 3
     settings = {"loss": "sid", "alpha": 1.0, "weight": "1-t", "noise": "fresh", "guidance": 1.0, "steps": 2}
     run = dit_tiny.distil(teacher, autoencoder, 2, 0, lambda x: None, preset=preset, **settings)
-    z, cond = torch.randn(2, *preset.latent, generator=rng()), dit_tiny.encode_text(["red circle", "two blue squares"])
+    z, cond = (
+        torch.randn(2, *dit_tiny.latent_shape(64), generator=rng()),
+        dit_tiny.encode_text(["red circle", "two blue squares"]),
+    )
     pictures = autoencoder.decode(sid_fm.generate(run.student, z, cond, steps=2, rng=rng()))
     assert pictures.shape == (2, 3, 64, 64) and pictures.isfinite().all()
 
@@ -271,7 +270,7 @@ def evaluate_in_turn(net, device):
     """Gradients and outputs of what distillation asks of a network: without gradients, of weights, of inputs, and two
     evaluations of one kind before either's backward."""
     cond = {key: x.to(device) for key, x in dit_tiny.encode_text(["red circle", "two blue squares"]).items()}
-    x = torch.randn(2, *dit_tiny.LAPTOP.latent, generator=rng()).to(device)
+    x = torch.randn(2, *dit_tiny.latent_shape(), generator=rng()).to(device)
     t, found = torch.tensor([0.3, 0.8], device=device), []
     for scale in (1.0, 2.0, 3.0):  # the first time records, the others replay
         with torch.no_grad():
