@@ -307,7 +307,9 @@ def flow_matching_loss(pred: Tensor, x_0: Tensor, e: Tensor, t: Tensor, recipe: 
     return weighted((pred - (p * x_0 + q * e)).square(), recipe.weight(t))
 
 
-WEIGHTS = {  # w(t) of the generator's loss; where t stands in a denominator, that is clipped at 1e-5
+# w(t) of the generator's loss; where t stands in a denominator, that is clipped at 1e-5. At 1 / t^2 the loss is one between
+# velocities, for D = x_t - t v.
+WEIGHTS = {
     "1-t": lambda t: 1 - t,
     "(1-t)^2": lambda t: (1 - t) ** 2,
     "1/t": lambda t: 1 / t.clamp(min=1e-5),
