@@ -307,8 +307,8 @@ def flow_matching_loss(pred: Tensor, x_0: Tensor, e: Tensor, t: Tensor, recipe: 
     return weighted((pred - (p * x_0 + q * e)).square(), recipe.weight(t))
 
 
-# w(t) of the generator's loss; where t stands in a denominator, that is clipped at 1e-5. At 1 / t^2 the loss is one between
-# velocities, for D = x_t - t v.
+# w(t) of the generator's loss; where t stands in a denominator, that is clipped at 1e-5. As D = x_t - t v, at 1 / t^2 the
+# loss is one between velocities.
 WEIGHTS = {
     "1-t": lambda t: 1 - t,
     "(1-t)^2": lambda t: (1 - t) ** 2,
@@ -626,8 +626,8 @@ def sinusoidal(t: Tensor) -> Tensor:
 
 
 class CastLinear(torch.autograd.Function):
-    """x W^T + b in the dtype of x, with W and b in another, wider one. Autograd would keep a cast W until the backward, and so a
-    copy of a whole network; this casts it again."""
+    """x W^T + b in the dtype of x, with W and b in another, wider one. Autograd would keep a cast W until the backward,
+    and so a copy of a whole network; this casts it again."""
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
