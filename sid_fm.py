@@ -518,7 +518,8 @@ def distill(
     short" guidance); the generator itself runs without. rng: where all noise and times come from; its seed fixes k.
     The generator's loss is sid_scale L_alpha, so that its gradient stays above Adam's eps. Data-aided it is
     (sid_scale L_alpha + adversarial) / 2, but the generator waits for the first warmup[0] images, and sees L_alpha alone
-    until warmup[1].
+    until warmup[1]. The adversarial term has the authors' w(t) = 1 - t whatever `weight` is: a cross-entropy does not
+    shrink with t as a difference of posterior means does, and 1 / t^2 would make it noise.
 
     Yields after each iteration a dict of measurements, as tensors on the device: loss (L_alpha or DMD's), fisher (L1, an
     estimate of the Fisher divergence: the number to watch), fake_loss, data-aided discriminator (its cross-entropy by the
@@ -577,7 +578,7 @@ def distill(
         record("loss", student_loss)
         student_loss = sid_scale * student_loss
         if real is not None:
-            adversarial = adversarial_loss(hidden, like[0].numel(), w)
+            adversarial = adversarial_loss(hidden, like[0].numel(), WEIGHTS["1-t"](t))
             record("adversarial", adversarial)
             if iteration * images >= warmup[1]:
                 student_loss = (student_loss + adversarial) / 2

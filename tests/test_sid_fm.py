@@ -261,6 +261,7 @@ ONE_ITERATION = {
     "guided": {"guidance": 3.0},
     "dmd": {"loss": "dmd"},
     "data-aided": {"real": True},
+    "data-aided, other weights": {"real": True, "weight": "1/t^2"},
     "data-aided, guided, dmd": {"real": True, "guidance": 3.0, "loss": "dmd"},
 }
 
@@ -323,7 +324,7 @@ def test_one_iteration_is_the_losses_of_chapter_2(options):
     torch.testing.assert_close(measured["fisher"], (w * (phi - psi).square().sum(1)).mean().detach())
     loss = scale * loss
     if real is not None:
-        loss = (loss + 2 * (w[:, None] * F.softplus(-h)).mean()) / 2
+        loss = (loss + 2 * ((1 - t)[:, None] * F.softplus(-h)).mean()) / 2
     sid_fm.update(sgd(mine), [loss])
     torch.testing.assert_close(weights(mine), weights(student))
 
