@@ -775,7 +775,7 @@ def parse() -> argparse.Namespace:
     add("--loss", choices=sid_fm.LOSSES, default="sid", help="of the students (%(default)s)")
     add("--alpha", type=number(float), default=1.0, help="of the SiD loss (%(default)s)")
     # Between velocities, as flow matching is. The authors' 1 - t hardly sees the noise that a student leaves in.
-    add("--weight", choices=sid_fm.WEIGHTS, default="1/t^2", help="w(t) of the generator's loss (%(default)s)")
+    add("--weight", choices=sid_fm.WEIGHTS, default="1/t^2", help="w(t) of the SiD or DMD loss (%(default)s)")
     add("--noise", choices=sid_fm.NOISES, default="fresh", help="between the student's steps (%(default)s)")
     add("--guidance", type=number(float), default=1.0, help="of the teacher, and in distillation (%(default)s)")
     add("--lora", type=number(int, 1), metavar="RANK", help="students as low-rank adapters on the teacher")

@@ -518,8 +518,8 @@ def distill(
     short" guidance); the generator itself runs without. rng: where all noise and times come from; its seed fixes k.
     The generator's loss is sid_scale L_alpha, so that its gradient stays above Adam's eps. Data-aided it is
     (sid_scale L_alpha + adversarial) / 2, but the generator waits for the first warmup[0] images, and sees L_alpha alone
-    until warmup[1]. The adversarial term has the authors' w(t) = 1 - t whatever `weight` is: a cross-entropy does not
-    shrink with t as a difference of posterior means does, and 1 / t^2 would make it noise.
+    until warmup[1]. The adversarial term keeps w(t) = 1 - t, the authors', whatever `weight` is: a cross-entropy does not
+    shrink with t as a difference of posterior means does, so that 1 / t^2 would leave it to the few smallest t.
 
     Yields after each iteration a dict of measurements, as tensors on the device: loss (L_alpha or DMD's), fisher (L1, an
     estimate of the Fisher divergence: the number to watch), fake_loss, data-aided discriminator (its cross-entropy by the
@@ -2903,7 +2903,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--lr", type=number(float, 1e-12), help="(1e-6, SANA 5e-6; with --lora ten times that)")
     add("--loss", choices=LOSSES, default="sid", help="of the generator (%(default)s)")
     add("--alpha", type=number(float), default=1.0, help="of the SiD loss (%(default)s)")
-    add("--weight", choices=WEIGHTS, default="1-t", help="w(t) of the generator's loss (%(default)s)")
+    add("--weight", choices=WEIGHTS, default="1-t", help="w(t) of the SiD or DMD loss (%(default)s)")
     add("--noise", choices=NOISES, default="fresh", help="between the student's steps (%(default)s)")
     add("--save-every", type=count, default=250, metavar="N", help="iterations between saves (%(default)s)")
     add("--compile", action="store_true", help="with torch.compile: minutes at the start for faster iterations")

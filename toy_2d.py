@@ -1099,7 +1099,7 @@ def parse() -> argparse.Namespace:
     add("--steps", type=number(int, 1), default=4, help="K of the few-step student (%(default)s)")
     add("--loss", choices=sid_fm.LOSSES, default="sid", help="of the students; the other one is a row for comparison")
     add("--alpha", type=number(float), default=1.0, help="of the SiD loss (%(default)s)")
-    add("--weight", choices=sid_fm.WEIGHTS, default="1/t", help="w(t) of the generator's loss (%(default)s)")
+    add("--weight", choices=sid_fm.WEIGHTS, default="1/t", help="w(t) of the SiD or DMD loss (%(default)s)")
     add("--noise", choices=sid_fm.NOISES, default="fresh", help="between the student's steps (%(default)s)")
     add("--path", choices=sid_fm.T_END, default="rf", help="on which the teacher is trained (%(default)s)")
     add("--iters", type=number(int, 1), help="of distillation (2000; with --quick 300, with --sweep 1000)")
