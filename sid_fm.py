@@ -578,7 +578,7 @@ def distill(
         record("loss", student_loss)
         student_loss = sid_scale * student_loss
         if real is not None:
-            adversarial = adversarial_loss(hidden, like[0].numel(), WEIGHTS["1-t"](t))
+            adversarial = adversarial_loss(hidden, like[0].numel(), 1 - t)
             record("adversarial", adversarial)
             if iteration * images >= warmup[1]:
                 student_loss = (student_loss + adversarial) / 2
