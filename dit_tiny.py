@@ -11,10 +11,12 @@ latents; teacher and students; measuring; figures; the command line.
 
 import argparse
 import copy
+import functools
 import json
 import math
 import time
-from collections.abc import Callable, Iterator
+import warnings
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -99,6 +101,12 @@ def captions(scenes: Scenes) -> list[str]:
     return texts
 
 
+@functools.cache
+def palette_on(device: torch.device) -> Tensor:
+    """Copied once: such a copy makes the host wait for a GPU."""
+    return PALETTE.to(device)
+
+
 def pixels_of(size: int, device: torch.device) -> Tensor:
     """Where the middles of a picture's `size` columns, or rows, are in the scene."""
     return (torch.arange(size, device=device) + 0.5) * (SIZE / size)
@@ -116,7 +124,7 @@ def coverage(shape: Tensor, radius: Tensor, centre: Tensor, size: int) -> Tensor
 
 def render(scenes: Scenes, size: int = SIZE) -> Tensor:
     """-> pictures [n, 3, size, size] in [-1, 1], where the scenes' tensors are"""
-    palette = PALETTE.to(scenes.radius.device)
+    palette = palette_on(scenes.radius.device)
     pictures = palette[0][:, None, None].expand(len(scenes.count), 3, size, size)
     for i in range(2):
         cover = coverage(scenes.shape[:, i], scenes.radius[:, i], scenes.centre[:, i], size)
@@ -151,7 +159,7 @@ def read_objects(pictures: Tensor) -> Found:
 
     pictures: [n, 3, size, size]
     """
-    size, palette = pictures.shape[-1], PALETTE.to(pictures.device)
+    size, palette = pictures.shape[-1], palette_on(pictures.device)
     area_of_pixel, places = (SIZE / size) ** 2, size**2 + 1
     nearest = (pictures[:, None] - palette[:, :, None, None]).square().sum(2).argmin(1)
     masks = F.one_hot(nearest, len(PALETTE))[..., 1:].permute(0, 3, 1, 2).float()
@@ -369,54 +377,52 @@ class Autoencoder:
         return F.pixel_shuffle(blocks.movedim(-1, 1), BLOCK)
 
 
-class Call(nn.Module):
-    """An evaluation as a module of tensors alone, which is what can be recorded."""
+class Recorded:
+    """Iterations of training on a GPU, recorded once and then replayed as CUDA graphs: the kernels of networks so small take
+    less time to run than to launch one by one.
 
-    def __init__(self, net: nn.Module, names: tuple[str, ...], features: bool):
-        super().__init__()
-        self.net, self.names, self.features = net, names, features
-
-    def forward(self, x_t: Tensor, t: Tensor, *values: Tensor) -> tuple[Tensor, ...]:
-        y = self.net(x_t, t, dict(zip(self.names, values)), self.features)
-        return y if self.features else (y,)
-
-
-class Replayed(nn.Module):
-    """A network on a GPU whose evaluations, with their gradients, are recorded once and then replayed as CUDA graphs: the
-    kernels of networks so small take less time to run than to launch one by one.
-
-    A recording knows which gradients are asked for, and its activations are its own until its backward has run: there is
-    one for each kind of evaluation, and one more for each that is begun before the last one's backward.
+    iteration: of tensors that come anew each time, (cond, x_0 or None) -> tensors by name. What its host code decides must
+    follow from the `kind` that a call names: there is a recording of each. rng: what it draws its noise from.
     """
 
-    def __init__(self, net: nn.Module):
-        super().__init__()
-        self.net, self.free = net, {}
-        self.weights = [*net.parameters()]  # to walk the modules at each call would take longer than the call
+    def __init__(self, iteration: Callable[[dict, Tensor | None], dict[str, Tensor]], rng: torch.Generator):
+        self.iteration, self.rng, self.recordings = iteration, rng, {}
+        self.stream, self.memory = torch.cuda.Stream(), torch.cuda.graph_pool_handle()
 
-    def forward(self, x_t: Tensor, t: Tensor, cond: dict, features: bool = False):
-        inputs = x_t, t, *cond.values()
-        asked = torch.is_grad_enabled(), *(x.requires_grad for x in (x_t, *self.weights))
-        free = self.free.setdefault((features, x_t.shape, asked), [])
-        if free:
-            graph = free.pop()
-        else:
-            samples = tuple(x.detach().clone().requires_grad_(x.requires_grad) for x in inputs)
-            call = Call(self.net, tuple(cond), features)
-            graph = torch.cuda.make_graphed_callables(call, samples, allow_unused_input=True)
-        outputs = graph(*inputs)
-        if outputs[0].requires_grad:
+    def __call__(self, kind: object, cond: dict, x_0: Tensor | None = None) -> dict[str, Tensor]:
+        if kind not in self.recordings:
+            # The first of a kind runs as it is, which makes what stays: the optimizers' states, the libraries' workspaces.
+            self.recordings[kind] = None
+            self.stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self.stream), warnings.catch_warnings(action="ignore"):
+                outputs = self.iteration(cond, x_0)
+            torch.cuda.current_stream().wait_stream(self.stream)
+            return outputs
+        if self.recordings[kind] is None:
+            self.recordings[kind] = self.record(cond, x_0)
+        graph, inputs, outputs = self.recordings[kind]
+        for kept, new in zip(inputs, (*cond.values(), x_0)):
+            if kept is not None:
+                kept.copy_(new)
+        graph.replay()
+        return {name: value.clone() for name, value in outputs.items()}  # the next replay overwrites its own
 
-            def release(_: Tensor) -> None:
-                if graph not in free:
-                    free.append(graph)
+    def record(self, cond: dict, x_0: Tensor | None) -> tuple:
+        cond = {key: value.clone() for key, value in cond.items()}
+        x_0 = None if x_0 is None else x_0.clone()
+        graph = torch.cuda.CUDAGraph()
+        graph.register_generator_state(self.rng)
+        with torch.cuda.graph(graph, pool=self.memory, stream=self.stream):
+            outputs = self.iteration(cond, x_0)
+        return graph, (*cond.values(), x_0), outputs
 
-            for y in outputs:
-                y.register_hook(release)
-        else:
-            free.append(graph)
-        outputs = tuple(y.clone() for y in outputs)  # the next replay overwrites its own
-        return outputs if features else outputs[0]
+
+def adam(weights: list[Tensor], rate: float, betas: tuple[float, float]) -> torch.optim.Adam:
+    """On a GPU the learning rate is a tensor, which a recorded step reads there."""
+    device = weights[0].device
+    recorded = device.type == "cuda"
+    lr = torch.tensor(rate, device=device) if recorded else rate
+    return torch.optim.Adam(weights, lr=lr, betas=betas, fused=True, capturable=recorded)
 
 
 def on_device(x: Tensor, device: str) -> Tensor:
@@ -447,35 +453,48 @@ def train_teacher(
     inside one operation gain nothing. Returns the running mean of the weights."""
     rng, batch, device = torch.Generator().manual_seed(seed), preset.batch, autoencoder.device
     noise = rng if device == "cpu" else torch.Generator(device).manual_seed(seed)
-    empty, weights = encode_text([""]), list(net.parameters())
-    optimizer = torch.optim.Adam(weights, lr=preset.rate * TEACHER_LR, betas=(0.9, 0.99), fused=True)
+    empty, average, weights = encode_text([""]), copy.deepcopy(net), list(net.parameters())
+    optimizer = adam(weights, preset.rate * TEACHER_LR, (0.9, 0.99))
     schedule = cosine(optimizer, iters)
-    average = torch.optim.swa_utils.AveragedModel(net, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.99))
-    parts = [slice(batch // 2), slice(batch // 2, batch)] if device == "cpu" else [slice(batch)]
-    call = net if device == "cpu" else Replayed(net)
 
-    def gradients(part: slice, cond: dict, x_0: Tensor, e: Tensor, t: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
-        cond, x_0, e, t = {key: value[part] for key, value in cond.items()}, x_0[part], e[part], t[part]
-        loss = flow_matching_loss(call(add_noise(x_0, e, t), t, cond), x_0, e, t)
-        return loss.detach(), torch.autograd.grad(loss, weights, materialize_grads=True)
+    def iteration(cond: dict, x_0: Tensor) -> dict[str, Tensor]:
+        e, t = noise_like(x_0, noise), draw_times(batch, (math.log(autoencoder.shift), 1.0), rng=noise)
 
-    for _ in range(iters):
+        def gradients(part: slice) -> tuple[Tensor, tuple[Tensor, ...]]:
+            some = {key: value[part] for key, value in cond.items()}
+            loss = flow_matching_loss(
+                net(add_noise(x_0[part], e[part], t[part]), t[part], some), x_0[part], e[part], t[part]
+            )
+            return loss.detach(), torch.autograd.grad(loss, weights, materialize_grads=True)
+
+        if device == "cpu":
+            jobs = [submit(gradients, part) for part in (slice(batch // 2), slice(batch // 2, batch))]
+            losses, grads = zip(*(job.result() for job in jobs))
+            loss, grads = sum(losses) / 2, [(first + second) / 2 for first, second in zip(*grads)]
+        else:
+            loss, grads = gradients(slice(batch))
+        for weight, grad in zip(weights, grads):
+            weight.grad = grad
+        optimizer.step()
+        running_mean(average, net, 0.99 if i else 0.0)
+        return {"loss": loss / x_0[0].numel()}
+
+    step = iteration if device == "cpu" else partial(Recorded(iteration, noise), "teacher")
+    for i in range(iters):
         scenes = draw_scenes(batch, rng)
         dropped = torch.rand(batch, generator=rng) < DROPPED
         cond = encode_text(captions(scenes))
         cond = {key: torch.where(sid_fm.match_dims(dropped, v), empty[key], v) for key, v in cond.items()}
-        cond = {key: on_device(value, device) for key, value in cond.items()}
-        x_0 = autoencoder.of(scenes)
-        e, t = noise_like(x_0, noise), draw_times(batch, (math.log(autoencoder.shift), 1.0), rng=noise)
-        jobs = [submit(gradients, part, cond, x_0, e, t) for part in parts]
-        losses, grads = zip(*(job.result() for job in jobs))
-        for weight, *halves in zip(weights, *grads):
-            weight.grad = halves[0] if len(parts) == 1 else (halves[0] + halves[1]) / 2
-        optimizer.step()
+        measured = step({key: on_device(value, device) for key, value in cond.items()}, autoencoder.of(scenes))
         schedule.step()
-        average.update_parameters(net)
-        tick(sum(losses) / len(parts) / x_0[0].numel())
-    return average.module.requires_grad_(False)
+        tick(measured["loss"])
+    return average.requires_grad_(False)
+
+
+def running_mean(average: nn.Module, net: nn.Module, decay: float) -> None:
+    """average = decay average + (1 - decay) net, weight by weight."""
+    update = torch.optim.swa_utils.get_ema_multi_avg_fn(decay)
+    update([*average.parameters()], [*net.parameters()], None)
 
 
 class Distilled(NamedTuple):
@@ -502,45 +521,45 @@ def distil(
     student, fake = (
         (copy.deepcopy(start.student), copy.deepcopy(start.fake)) if start else (make(teacher), make(teacher))
     )
-    average = torch.optim.swa_utils.AveragedModel(
-        student, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.98)
-    )
-    rates = DATA_AIDED if start else ONE_STEP if options["steps"] == 1 else FEW_STEPS
-    optimizers = [
-        torch.optim.Adam(sid_fm.trained(net), lr=preset.rate * lr, betas=(0.0, 0.99), fused=True)
-        for net, lr in zip((student, fake), rates)
-    ]
+    average, steps, batch, device = copy.deepcopy(student), options["steps"], preset.batch, autoencoder.device
+    rates = DATA_AIDED if start else ONE_STEP if steps == 1 else FEW_STEPS
+    nets = teacher, student, fake
+    optimizers = [adam(sid_fm.trained(net), preset.rate * lr, (0.0, 0.99)) for net, lr in zip(nets[1:], rates)]
     schedules = [cosine(optimizer, iters) for optimizer in optimizers]
-    batch, device = preset.batch, autoencoder.device
     rng, data = torch.Generator(device).manual_seed(seed), torch.Generator().manual_seed(seed + 1)
-
-    def batches() -> Iterator[tuple[dict, Tensor | None]]:
-        while True:
-            scenes = draw_scenes(batch, data)
-            cond = {key: on_device(value, device) for key, value in encode_text(captions(scenes)).items()}
-            yield cond, autoencoder.of(scenes) if start else None
-
     # Data-aided, the fake network first learns to judge, and to follow the mean of the student's weights.
     wait, alone = (batch * iters // 10, batch * iters // 5) if start else (0, 0)
-    entropies, copies, marks, skipped = [], {}, {*np.geomspace(1, iters, 12).astype(int).tolist()}, 0
     uncond = {key: value.to(device) for key, value in encode_text([""]).items()}
-    options |= {"iters": iters, "rng": rng, "warmup": (wait, alone), "uncond": uncond}
-    nets = [net if device == "cpu" else Replayed(net) for net in (teacher, student, fake)]
-    for measured in sid_fm.distill(*nets, optimizers, batches(), (batch, *latent_shape(preset.size)), **options):
+    options |= {"rng": rng, "warmup": (wait, alone), "uncond": uncond}
+
+    def iteration(cond: dict, real: Tensor | None) -> dict[str, Tensor]:
+        """Iteration i of sid_fm.distill."""
+        shape = batch, *latent_shape(preset.size)
+        (measured,) = sid_fm.distill(*nets, optimizers, [(cond, real)], shape, start=i, iters=i + 1, **options)
+        running_mean(average, student, 0.98 if i else 0.0)
+        return {name: value for name, value in measured.items() if isinstance(value, Tensor)}
+
+    recorded = None if device == "cpu" else Recorded(iteration, rng)
+    entropies, copies, marks, skipped = [], {}, {*np.geomspace(1, iters, 12).astype(int).tolist()}, 0
+    for i in range(iters):
+        scenes, images = draw_scenes(batch, data), i * batch
+        cond = {key: on_device(value, device) for key, value in encode_text(captions(scenes)).items()}
+        real = autoencoder.of(scenes) if start else None
+        kind = sid_fm.draw_k(steps, i, rng), images >= wait, images >= alone
+        measured = recorded(kind, cond, real) if recorded else iteration(cond, real)
         schedules[1].step()
-        if measured["images"] - batch >= wait:
+        if images >= wait:
             schedules[0].step()
-        average.update_parameters(student)
         skipped = skipped + measured["skipped"]
-        if (measured["iteration"] % 50 == 0 or measured["iteration"] + 1 == iters) and skipped:  # waits for a GPU
-            raise FloatingPointError(f"a student diverged, with {options['steps']} steps, {options['weight']}")
+        if (i % 50 == 0 or i + 1 == iters) and skipped:  # waits for a GPU
+            raise FloatingPointError(f"a student diverged, with {plural(steps)}, {options['weight']}")
         if start:
             entropies.append(measured["discriminator"])
-        if measured["iteration"] + 1 in marks:
-            copies[measured["iteration"] + 1] = copy.deepcopy(average.module)
+        if i + 1 in marks:
+            copies[i + 1] = copy.deepcopy(average)
         tick(measured["fisher"])
     judged = float(torch.stack(entropies[-100:]).mean()) if start else None
-    return Distilled(average.module.requires_grad_(False), fake, copies, judged)
+    return Distilled(average.requires_grad_(False), fake, copies, judged)
 
 
 def open_network(arch: str, folder: Path, device: str = "cpu") -> nn.Module:
@@ -692,7 +711,7 @@ def run(args: argparse.Namespace) -> None:
     measure = Measure(autoencoder, args.samples, args.seed, preset.batch if args.device == "cpu" else 2000)
     fresh = draw_again(measure.scenes, torch.Generator().manual_seed(args.seed + 4000))
     rows = {
-        "data": ("-", lambda: (render(fresh, preset.size), math.nan)),
+        "data": ("-", lambda: (render(Scenes(*(x.to(args.device) for x in fresh)), preset.size), math.nan)),
         "data, through the autoencoder": ("-", lambda: (autoencoder.decode(autoencoder.of(fresh)), math.nan)),
     }
     for n in (28, 4, 2, 1):
