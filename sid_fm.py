@@ -626,6 +626,10 @@ def sinusoidal(t: Tensor) -> Tensor:
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
 
+def cast_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+
+
 class CastLinear(torch.autograd.Function):
     """x W^T + b in the dtype of x, with W and b in another, wider one. Autograd would keep a cast W until the backward,
     and so a copy of a whole network; this casts it again."""
@@ -633,16 +637,21 @@ class CastLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight)
-        return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+        return cast_linear(x, weight, bias)
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         rows, (for_x, for_weight, for_bias) = grad.flatten(0, -2), ctx.needs_input_grad
+        grad_weight = None
+        if for_weight and grad.is_cuda:  # written as it is summed
+            grad_weight = torch.mm(rows.T, x.flatten(0, -2), out_dtype=weight.dtype)
+        elif for_weight:
+            grad_weight = (rows.T @ x.flatten(0, -2)).to(weight.dtype)
         return (
             grad @ weight.to(grad.dtype) if for_x else None,
-            (rows.T @ x.flatten(0, -2)).to(weight.dtype) if for_weight else None,
-            rows.sum(0).to(weight.dtype) if for_bias else None,
+            grad_weight,
+            rows.sum(0, dtype=weight.dtype) if for_bias else None,
         )
 
 
@@ -650,9 +659,8 @@ class Linear(nn.Linear):
     """x W^T + b in the dtype of x."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.dtype == self.weight.dtype:
-            return F.linear(x, self.weight, self.bias)
-        return CastLinear.apply(x, self.weight, self.bias)
+        cast = x.dtype != self.weight.dtype and torch.is_grad_enabled()
+        return (CastLinear.apply if cast else cast_linear)(x, self.weight, self.bias)
 
 
 class Conv2d(nn.Conv2d):

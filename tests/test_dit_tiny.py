@@ -334,7 +334,7 @@ def test_what_is_recorded_follows_from_its_kind(data, monkeypatch):
     def adam(weights, rate, betas):
         return torch.optim.Adam(weights, lr=torch.tensor(rate), betas=betas, fused=True)
 
-    monkeypatch.setattr(torch, "cuda", mock.MagicMock(CUDAGraph=FakeGraph, graph=record))
+    monkeypatch.setattr(torch, "cuda", mock.MagicMock(CUDAGraph=FakeGraph, graph=record, is_available=bool))
     monkeypatch.setattr(dit_tiny, "on_device", lambda x, _: x)
     monkeypatch.setattr(dit_tiny, "adam", adam)
     got, said = trained("cpu:0", monkeypatch, True, data)
