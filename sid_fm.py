@@ -626,6 +626,10 @@ def sinusoidal(t: Tensor) -> Tensor:
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
 
+def cast_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+
+
 class CastLinear(torch.autograd.Function):
     """x W^T + b in the dtype of x, with W and b in another, wider one. Autograd would keep a cast W until the backward,
     and so a copy of a whole network; this casts it again."""
@@ -633,14 +637,14 @@ class CastLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight)
-        return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+        return cast_linear(x, weight, bias)
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         rows, (for_x, for_weight, for_bias) = grad.flatten(0, -2), ctx.needs_input_grad
         grad_weight = None
-        if for_weight and grad.is_cuda:  # written as it is summed, in float32
+        if for_weight and grad.is_cuda:  # written as it is summed
             grad_weight = torch.mm(rows.T, x.flatten(0, -2), out_dtype=weight.dtype)
         elif for_weight:
             grad_weight = (rows.T @ x.flatten(0, -2)).to(weight.dtype)
@@ -654,12 +658,9 @@ class CastLinear(torch.autograd.Function):
 class Linear(nn.Linear):
     """x W^T + b in the dtype of x."""
 
-    cast: tuple[Tensor, Tensor | None] | None = None  # W and b in that dtype, while keep_casts (chapter 8) holds them
-
     def forward(self, x: Tensor) -> Tensor:
-        if x.dtype == self.weight.dtype:
-            return F.linear(x, self.weight, self.bias)
-        return CastLinear.apply(x, self.weight, self.bias) if self.cast is None else F.linear(x, *self.cast)
+        cast = x.dtype != self.weight.dtype and torch.is_grad_enabled()
+        return (CastLinear.apply if cast else cast_linear)(x, self.weight, self.bias)
 
 
 class Conv2d(nn.Conv2d):
@@ -2162,26 +2163,6 @@ def compute_in(net: nn.Module, dtype: torch.dtype) -> None:
     net.compute = dtype
 
 
-def keep_casts(net: nn.Module) -> None:
-    """The steps of a generation share one cast of the weights to net.compute. A call with gradients lets it go: weights may
-    move after it, and its activations want the memory. Other changes are seen as operations in place."""
-    net.cast_layers = [m for m in net.modules() if isinstance(m, Linear) and m.weight.dtype != net.dtype]
-    net.cast_from = None
-    net.register_forward_pre_hook(cast_once)
-
-
-def cast_once(net: nn.Module, _: object) -> None:
-    if torch.is_grad_enabled():
-        now = None
-    else:
-        now = [(w.data_ptr(), w._version) for m in net.cast_layers for w in m.parameters()]
-    if now != net.cast_from:
-        for m in net.cast_layers:
-            bias = None if now is None or m.bias is None else m.bias.to(net.dtype)
-            m.cast = None if now is None else (m.weight.to(net.dtype), bias)
-        net.cast_from = now
-
-
 class AdamOfGradients(torch.optim.Adam):
     """Adam with beta1 = 0, the paper's. Its first moment is the gradient itself, and needs no memory of its own: 4 bytes a
     weight instead of 8, and torch.optim.Adam's numbers. Keyword arguments are Adam's."""
@@ -2393,8 +2374,6 @@ def three_networks(
     if recompute and device == "cuda":
         # There training ended in an illegal memory access (H200, torch 2.11), of which cuDNN's attention is suspected.
         torch.backends.cuda.enable_cudnn_sdp(False)
-    if processes()[1] == 1 and not recompute:  # where memory is short they are no gain
-        keep_casts(student)
     for net in (teacher.dit, student, fake):
         if recompute:
             recompute_blocks(net)

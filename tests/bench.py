@@ -196,7 +196,6 @@ class Bench:
             for w in trained.parameters():
                 w.data = w.data.float()
             sid_fm.compute_in(trained, self.dtype)
-        sid_fm.keep_casts(self.ours[1])
         self.theirs = tuple(map(self.on_diffusers, self.ours))
         if true:
             for trained in self.theirs[1:]:

@@ -166,35 +166,6 @@ def test_float32_weights_compute_in_bf16_what_bf16_weights_compute(name):
     torch.testing.assert_close(student(x_t, t, cond), 2 * v)  # no rounded weight outlives an update
 
 
-@pytest.mark.parametrize("name", NETWORKS)
-def test_casts_of_the_weights_are_kept_for_a_generation_alone(name):
-    """Two of three iterations' steps find them, no update is missed, and nothing is left of them once gradients are taken."""
-    ended = []
-    for kept in (True, False):
-        teacher = network(name).bfloat16()
-        student, fake = (copy.deepcopy(teacher).float() for _ in range(2))
-        for net in (student, fake):
-            sid_fm.compute_in(net, torch.bfloat16)
-        if kept:
-            sid_fm.keep_casts(student)
-            student = copy.deepcopy(student)  # which has casts of its own
-        shared = []
-        student.register_forward_hook(lambda net, *_, seen=shared: seen.append(net.proj_out.cast is not None))
-        x_t, _, cond = inputs(2)
-        options = {"steps": 3, "iters": 3, "rng": torch.Generator()}
-        optimizers = adam(student), adam(fake)
-        for measured in sid_fm.distill(teacher, student, fake, optimizers, [(cond, None)] * 3, x_t.shape, **options):
-            ks = [sid_fm.draw_k(3, i, torch.Generator()) for i in range(measured["iteration"] + 1)]
-            assert shared == [x for k in ks for x in [kept] * (2 * k - 1) + [False]]
-            assert student.proj_out.cast is None
-        ended.append([w.clone() for w in student.parameters()])
-        with torch.no_grad():  # weights set by hand between two calls
-            v = student(x_t, torch.tensor([0.3, 0.8]), cond)
-            student.proj_out.weight.mul_(2), student.proj_out.bias.mul_(2)
-            assert torch.equal(student(x_t, torch.tensor([0.3, 0.8]), cond), 2 * v)
-    assert all(torch.equal(a, b) for a, b in zip(*ended, strict=True))
-
-
 def evaluate(net, x, t, cond):
     """|v|^2, and the bytes that autograd holds for its gradient, weights apart."""
     tensors, weights = {}, {p.data_ptr() for p in net.parameters()}
