@@ -2372,7 +2372,7 @@ def three_networks(
                 w.data = w.data.float()
             compute_in(net, dtype)
     if recompute and device == "cuda":
-        # There training ended in an illegal memory access (H200, torch 2.11), of which cuDNN's attention is suspected.
+        # With cuDNN's attention training ended there in an illegal memory access (H200, torch 2.11), without it not.
         torch.backends.cuda.enable_cudnn_sdp(False)
     for net in (teacher.dit, student, fake):
         if recompute:
