@@ -394,7 +394,8 @@ class Recorded:
             # The first of a kind runs as it is, which makes what stays: the optimizers' states, the libraries' workspaces.
             self.recordings[kind] = None
             self.stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(self.stream), warnings.catch_warnings(action="ignore"):
+            with torch.cuda.stream(self.stream), warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # an optimizer's, that its step could be recorded and is not
                 outputs = self.iteration(cond, x_0)
             torch.cuda.current_stream().wait_stream(self.stream)
             return outputs
@@ -476,7 +477,7 @@ def train_teacher(
         for weight, grad in zip(weights, grads):
             weight.grad = grad
         optimizer.step()
-        running_mean(average, net, 0.99 if i else 0.0)
+        running_mean(average, net, 0.99 if i else 0.0)  # no recording is made of the first iteration
         return {"loss": loss / x_0[0].numel()}
 
     step = iteration if device == "cpu" else partial(Recorded(iteration, noise), "teacher")
