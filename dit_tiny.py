@@ -11,13 +11,12 @@ latents; teacher and students; measuring; figures; the command line.
 
 import argparse
 import copy
-import functools
 import json
 import math
 import time
 import warnings
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -101,7 +100,7 @@ def captions(scenes: Scenes) -> list[str]:
     return texts
 
 
-@functools.cache
+@cache
 def palette_on(device: torch.device) -> Tensor:
     """Copied once: such a copy makes the host wait for a GPU."""
     return PALETTE.to(device)
@@ -363,9 +362,13 @@ class Autoencoder:
     def split(pictures: Tensor) -> Tensor:
         return F.pixel_unshuffle(pictures, BLOCK).movedim(1, -1)
 
+    def draw(self, scenes: Scenes) -> Tensor:
+        """The scenes' pictures, drawn on the device."""
+        return render(Scenes(*(on_device(x, self.device) for x in scenes)), self.size)
+
     def of(self, scenes: Scenes) -> Tensor:
-        """The scenes' latents, drawn on the device."""
-        return self.encode(render(Scenes(*(on_device(x, self.device) for x in scenes)), self.size))
+        """The scenes' latents."""
+        return self.encode(self.draw(scenes))
 
     def encode(self, pictures: Tensor) -> Tensor:
         """[B, 3, size, size] -> [B, CHANNELS, size / BLOCK, size / BLOCK]"""
@@ -480,13 +483,14 @@ def train_teacher(
         running_mean(average, net, 0.99 if i else 0.0)  # no recording is made of the first iteration
         return {"loss": loss / x_0[0].numel()}
 
-    step = iteration if device == "cpu" else partial(Recorded(iteration, noise), "teacher")
+    step = (lambda _, *inputs: iteration(*inputs)) if device == "cpu" else Recorded(iteration, noise)
     for i in range(iters):
         scenes = draw_scenes(batch, rng)
         dropped = torch.rand(batch, generator=rng) < DROPPED
         cond = encode_text(captions(scenes))
         cond = {key: torch.where(sid_fm.match_dims(dropped, v), empty[key], v) for key, v in cond.items()}
-        measured = step({key: on_device(value, device) for key, value in cond.items()}, autoencoder.of(scenes))
+        cond = {key: on_device(value, device) for key, value in cond.items()}
+        measured = step("teacher", cond, autoencoder.of(scenes))
         schedule.step()
         tick(measured["loss"])
     return average.requires_grad_(False)
@@ -540,14 +544,13 @@ def distil(
         running_mean(average, student, 0.98 if i else 0.0)
         return {name: value for name, value in measured.items() if isinstance(value, Tensor)}
 
-    recorded = None if device == "cpu" else Recorded(iteration, rng)
+    step = (lambda _, *inputs: iteration(*inputs)) if device == "cpu" else Recorded(iteration, rng)
     entropies, copies, marks, skipped = [], {}, {*np.geomspace(1, iters, 12).astype(int).tolist()}, 0
     for i in range(iters):
         scenes, images = draw_scenes(batch, data), i * batch
         cond = {key: on_device(value, device) for key, value in encode_text(captions(scenes)).items()}
         real = autoencoder.of(scenes) if start else None
-        kind = sid_fm.draw_k(steps, i, rng), images >= wait, images >= alone
-        measured = recorded(kind, cond, real) if recorded else iteration(cond, real)
+        measured = step((sid_fm.draw_k(steps, i, rng), images >= wait, images >= alone), cond, real)
         schedules[1].step()
         if images >= wait:
             schedules[0].step()
@@ -712,7 +715,7 @@ def run(args: argparse.Namespace) -> None:
     measure = Measure(autoencoder, args.samples, args.seed, preset.batch if args.device == "cpu" else 2000)
     fresh = draw_again(measure.scenes, torch.Generator().manual_seed(args.seed + 4000))
     rows = {
-        "data": ("-", lambda: (render(Scenes(*(x.to(args.device) for x in fresh)), preset.size), math.nan)),
+        "data": ("-", lambda: (autoencoder.draw(fresh), math.nan)),
         "data, through the autoencoder": ("-", lambda: (autoencoder.decode(autoencoder.of(fresh)), math.nan)),
     }
     for n in (28, 4, 2, 1):

@@ -627,12 +627,13 @@ def sinusoidal(t: Tensor) -> Tensor:
 
 
 def cast_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x W^T + b in the dtype of x."""
     return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
 
 
 class CastLinear(torch.autograd.Function):
-    """x W^T + b in the dtype of x, with W and b in another, wider one. Autograd would keep a cast W until the backward,
-    and so a copy of a whole network; this casts it again."""
+    """cast_linear where W and b are wider than x. Autograd would keep a cast W until the backward, and so a copy of a whole
+    network; this casts it again."""
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -644,7 +645,7 @@ class CastLinear(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         rows, (for_x, for_weight, for_bias) = grad.flatten(0, -2), ctx.needs_input_grad
         grad_weight = None
-        if for_weight and grad.is_cuda:  # written as it is summed
+        if for_weight and grad.is_cuda:  # written in float32, as it is summed
             grad_weight = torch.mm(rows.T, x.flatten(0, -2), out_dtype=weight.dtype)
         elif for_weight:
             grad_weight = (rows.T @ x.flatten(0, -2)).to(weight.dtype)
@@ -659,8 +660,9 @@ class Linear(nn.Linear):
     """x W^T + b in the dtype of x."""
 
     def forward(self, x: Tensor) -> Tensor:
-        cast = x.dtype != self.weight.dtype and torch.is_grad_enabled()
-        return (CastLinear.apply if cast else cast_linear)(x, self.weight, self.bias)
+        if x.dtype != self.weight.dtype and torch.is_grad_enabled():
+            return CastLinear.apply(x, self.weight, self.bias)
+        return cast_linear(x, self.weight, self.bias)
 
 
 class Conv2d(nn.Conv2d):
