@@ -538,7 +538,7 @@ def distil(
     options |= {"rng": rng, "warmup": (wait, alone), "uncond": uncond}
 
     def iteration(cond: dict, real: Tensor | None) -> dict[str, Tensor]:
-        """Iteration i of sid_fm.distill."""
+        """Iteration i of sid_fm.distill, by itself: what a GPU records."""
         shape = batch, *latent_shape(preset.size)
         (measured,) = sid_fm.distill(*nets, optimizers, [(cond, real)], shape, start=i, iters=i + 1, **options)
         running_mean(average, student, 0.98 if i else 0.0)
