@@ -335,9 +335,9 @@ def sid_loss(x_g: Tensor, d_real: Tensor, d_fake: Tensor, t: Tensor, alpha: floa
 
     x_g is the generator's output and d_real = f_phi(x_t, t), d_fake = f_psi(x_t, t) are posterior means at
     x_t = add_noise(x_g, e, t). Keep the graph of all three: the gradient reaches the generator through x_g and through
-    the inputs of both networks, whose weights are constants here. At psi* both L1 and L2 equal the Fisher divergence,
-    so at alpha = 1 the value hovers around zero and says nothing about convergence: watch L1. At any psi,
-    L2 - L1 / 2 = E[w (|f_phi - x_g|^2 - |f_psi - x_g|^2)] / 2.
+    the inputs of both networks, whose weights are constants here. At psi*, and for a w of t alone (all but "sid"), both
+    L1 and L2 equal the Fisher divergence, so at alpha = 1 the value hovers around zero and says nothing about
+    convergence: watch L1. At any psi, L2 - L1 / 2 = E[w (|f_phi - x_g|^2 - |f_psi - x_g|^2)] / 2.
     x_g, d_real, d_fake: [B, ...], t: [B] -> scalar
     """
     difference = d_real - d_fake
@@ -518,8 +518,8 @@ def distill(
     short" guidance); the generator itself runs without. rng: where all noise and times come from; its seed fixes k.
     The generator's loss is sid_scale L_alpha, so that its gradient stays above Adam's eps. Data-aided it is
     (sid_scale L_alpha + adversarial) / 2, but the generator waits for the first warmup[0] images, and sees L_alpha alone
-    until warmup[1]. The adversarial term keeps w(t) = 1 - t, the authors', whatever `weight` is: a cross-entropy does not
-    shrink with t as a difference of posterior means does, so that 1 / t^2 would leave it to the few smallest t.
+    until warmup[1]. The adversarial term keeps w(t) = 1 - t, the authors' default, whatever `weight` is: a cross-entropy
+    does not shrink with t as a difference of posterior means does, so that 1 / t^2 would leave it to the few smallest t.
 
     Yields after each iteration a dict of measurements, as tensors on the device: loss (L_alpha or DMD's), fisher (L1, an
     estimate of the Fisher divergence: the number to watch), fake_loss, data-aided discriminator (its cross-entropy by the

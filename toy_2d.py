@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -575,6 +575,58 @@ def check_gradients(rng: torch.Generator) -> Iterator[Check]:
         yield Check(claim, angle(L[1], g["true"]), 90, "alpha = 1 points downhill")
 
 
+PLANE = np.linspace(-2.5, 2.5, 21), np.linspace(0.1, 1.6, 16)  # generators m + s z: m, s
+
+
+@lru_cache
+def over_generators(name: str) -> dict[str, Tensor]:
+    """At each generator of PLANE, [m, s]: degrees to the true gradient of others, with psi held at psi* (nan where there is
+    none); and "agreement", [m, s, 2]: alpha = 1's components times the true ones, over the true gradient's square."""
+    data, rows = ON_A_LINE[name]()[0], []
+    for theta in itertools.product(*PLANE):
+        g = gradients(data, torch.tensor(theta), nodes=32)
+        L1, L2, true = g["path_1"], g["path_2"], g["true"]
+        degrees = torch.tensor([angle(u, true) for u in (L2, L2 - L1, L1)])
+        rows.append(torch.cat([degrees, (L2 - L1) * true / (true @ true)]))
+    table = torch.stack(rows).unflatten(0, [len(axis) for axis in PLANE])
+    return dict(zip(("alpha = 0", "alpha = 1", "L1 alone"), table.movedim(2, 0))) | {"agreement": table[..., 3:]}
+
+
+def check_downhill(rng: torch.Generator) -> Iterator[Check]:
+    """Does c, which alpha = 1 follows, lead downhill?"""
+    # For Gaussian data and a Gaussian generator it does: c in closed form has the sign of the true gradient, in m and in s.
+    data, _ = ON_A_LINE["Gaussian data"]()
+    mu, sigma, t, a, w = data.means[0, 0], data.sigma, MIDDLE, 1 - MIDDLE, 1 - MIDDLE
+    errors, tolerances = [], []
+    for m, s in ((-0.4, 1.1), (-0.4, 0.3), (1.5, 0.2), (2.0, 1.5)):
+        fine, coarse = (gradients(data, torch.tensor([m, s]), nodes) for nodes in (64, 48))
+        c, c_coarse = (g["path_2"] - g["path_1"] for g in (fine, coarse))
+        b_phi, b_psi = (a * width**2 / ((a * width) ** 2 + t**2) for width in (sigma, s))  # df/dx_t
+        c_m = -w * (mu - m) * (1 - a * b_phi) * (1 - a * b_psi)
+        c_s = -w * (b_phi - b_psi) * 2 * a * s * t**2 / ((a * s) ** 2 + t**2)
+        size = fine["true"].norm()
+        errors.append(largest(c - torch.stack([c_m.mean(), c_s.mean()]), size))
+        tolerances.append(largest(c - c_coarse, size) + 64**2 * EPS)
+    yield Check("alpha = 1: c in closed form (Gaussian data)", max(errors), max(tolerances), QUADRATURE)
+    agreement = over_generators("Gaussian data")["agreement"]
+    claim = f"   which has the true gradient's signs in m and s, at {agreement[..., 0].numel()} generators"
+    yield Check(claim, float(-agreement.min()), 64**2 * EPS, "rounding, where one vanishes")
+    # Near a generator that draws the data f_phi - f_psi* is of first order in the distance, and so nabla L1 of second.
+    share = []
+    for distance in (1e-2, 1e-3):
+        g = gradients(data, torch.tensor([mu, sigma]) + distance * torch.tensor([0.6, 0.8]))
+        share.append(float(g["path_1"].norm() / g["true"].norm()))
+    claim = "near the data any alpha gives half the true gradient, to first order"
+    yield Check(claim, abs(share[0] / share[1] / 10 - 1), 1e-2, "the next order, the distance")
+    for name in ON_A_LINE:
+        degrees = over_generators(name)
+        none, one, naive = (degrees[key] for key in ("alpha = 0", "alpha = 1", "L1 alone"))
+        claim = f"alpha = 1 leads downhill at {one.numel()} generators: degrees at most ({name})"
+        yield Check(claim, float(one.max()), 90, "downhill")
+        claim = f"   alpha = 0 at most {float(none.max()):.1f}; L1 alone leads uphill at "
+        yield Check(f"{claim}{float((naive > 90).double().mean()):.0%} of them", float(none.max()), 90, "downhill")
+
+
 def check_sid_loss(rng: torch.Generator) -> Iterator[Check]:
     errors = []
     for alpha, weight in itertools.product((0.0, 0.5, 1.0, 1.2), sid_fm.WEIGHTS):
@@ -662,6 +714,7 @@ CHECKS = {  # and the step of the README's derivation that each belongs to
     check_three_forms: 7,
     check_lagging_fake: 8,
     check_gradients: 8,
+    check_downhill: 8,
     check_sid_loss: 8,
     check_generate: 10,
 }
@@ -677,6 +730,7 @@ def run_check(check: Callable[[torch.Generator], Iterator[Check]], seed: int = 0
 def check_all(seed: int) -> bool:
     """Print every claim with its error, its tolerance and where that comes from; True if all hold."""
     print("The derivation (float64): step, claim, error against tolerance, and where the tolerance comes from\n")
+    torch.set_num_threads(1)  # a second one takes longer to wake than all of it takes here
     start, verdicts = time.perf_counter(), []
     for check, step in CHECKS.items():
         for result in run_check(check, seed):
@@ -787,9 +841,11 @@ def draw_alpha(out: Path) -> None:
     plt = pyplot()
     with float64():
         g = gradients(*ON_A_LINE["mixture data"]())
+        degrees = over_generators("mixture data")
     alphas = torch.linspace(0, 1.5, 61)
     along = [g["path_2"] - alpha * g["path_1"] for alpha in alphas]
-    figure, (plane, line) = plt.subplots(1, 2, figsize=(10, 4.4))
+    figure, axes = plt.subplot_mosaic([["plane"] * 3 + ["line"] * 3, list("001122")], figsize=(10, 7.2))
+    plane, line = axes["plane"], axes["line"]
     for name, vector, color in (
         (r"true gradient $dL/d\theta$", g["true"], INK),
         (r"$\nabla L_1$, the naive loss", g["path_1"], RED),
@@ -801,11 +857,13 @@ def draw_alpha(out: Path) -> None:
         plane.plot([], [], color=color, linewidth=2.5, label=name)
     ends = torch.stack([torch.zeros(2), g["true"], g["path_1"], *along])
     plane.plot(*torch.stack(along).T, ":", color=INK, linewidth=1, label=r"$\nabla L_\alpha$, $\alpha$ from 0 to 1.5")
-    (left, bottom), (right, top) = (ends.min(0).values - 0.008).tolist(), (ends.max(0).values + 0.008).tolist()
-    plane.set(xlim=(left, right + 0.02), ylim=(bottom, top + 0.035), xlabel="d/dm", ylabel="d/ds", aspect="equal")
-    plane.set_title(r"$\nabla$: with $\psi$ held", loc="left")
+    (left, bottom), (_, top) = (ends.min(0).values - 0.008).tolist(), (ends.max(0).values + 0.008).tolist()
+    # As wide as the panel is, so that angles are nearly true.
+    plane.set(xlim=(left, left + 1.25 * (top - bottom)), ylim=(bottom, top), xlabel="d/dm", ylabel="d/ds")
+    m, s = ON_A_LINE["mixture data"]()[1].tolist()
+    plane.set_title(rf"$\nabla$: with $\psi$ held, at m = {m:g}, s = {s:g}", loc="left")
     plane.locator_params(axis="x", nbins=4)
-    plane.legend(fontsize=8.5, loc="upper left")
+    plane.legend(fontsize=8.5, loc="lower right")
     line.plot(alphas, [angle(vector, g["true"]) for vector in along], color=INK, linewidth=2)
     line.set(xlabel=r"$\alpha$", ylabel="degrees", ylim=(0, None))
     line.set_title(
@@ -815,6 +873,17 @@ def draw_alpha(out: Path) -> None:
     for alpha, label in ((0.5, "unbiased"), (1.0, "the authors' choice")):
         line.axvline(alpha, color=GREY, linestyle=":")
         line.text(alpha + 0.02, 0.95, label, transform=line.get_xaxis_transform(), color=INK, fontsize=9)
+    names = {"alpha = 0": r"$\alpha = 0$: $L_2$ alone", "alpha = 1": r"$\alpha = 1$", "L1 alone": r"$L_1$ alone"}
+    for panel, (key, label) in zip("012", names.items()):
+        axis = axes[panel]
+        image = axis.pcolormesh(*PLANE, degrees[key].T, cmap="RdBu_r", vmin=0, vmax=180, shading="nearest")
+        axis.plot(m, s, "o", color=INK, markersize=5, markerfacecolor="none")
+        axis.set(
+            xlabel="m", ylabel="s" if panel == "0" else "", title=f"{label}: at most {float(degrees[key].max()):.0f}°"
+        )
+        axis.grid(visible=False)
+    bar = figure.colorbar(image, ax=[axes[panel] for panel in "012"], ticks=[0, 45, 90, 135, 180])
+    bar.set_label("degrees to the true gradient")
     save(figure, out, "alpha.png")
 
 
