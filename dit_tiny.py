@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import sid_fm
-from sid_fm import add_noise, draw_times, fail, flow_matching_loss, make_folder, noise_like, number, write_json
+from sid_fm import add_noise, draw_times, fail, flow_matching_loss, noise_like, number, write_json
 from toy_2d import BLUE, GREY, INK, RED, TITLES, cosine, few_step, plot_decay, plural, save, workers
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -556,7 +556,8 @@ def distil(
             schedules[0].step()
         skipped = skipped + measured["skipped"]
         if (i % 50 == 0 or i + 1 == iters) and skipped:  # waits for a GPU
-            raise FloatingPointError(f"a student diverged, with {plural(steps)}, {options['weight']}")
+            said = ", ".join(f"{name} {options[name]}" for name in ("loss", "alpha", "weight", "guidance"))
+            raise FloatingPointError(f"a student diverged ({plural(steps)}, {said})")
         if start:
             entropies.append(measured["discriminator"])
         if i + 1 in marks:
@@ -664,15 +665,14 @@ def draw_convergence(out: Path, distances: dict[int, float], title: str) -> None
 def draw_guidance(out: Path, teacher: dict[float, dict], students: dict[str, dict], guidance: float) -> None:
     """Accuracy and diversity against the guidance that the teacher is sampled with, and that students learned from."""
     figure, axes = sid_fm.pyplot().subplots(1, 2, figsize=(10, 3.8))
-    for axis, (key, label) in zip(
-        axes, {"all": "accuracy, all of the caption", "diversity": "diversity, bits"}.items()
-    ):
-        values, halves = zip(*(line[key] for line in teacher.values()))
+    panels = (("all", "accuracy, all of the caption, %", 100), ("diversity", "diversity, bits", 1))
+    for axis, (key, label, scale) in zip(axes, panels):
+        values, halves = scale * torch.tensor([line[key] for line in teacher.values()]).T
         axis.errorbar([*teacher], values, halves, color=GREY, marker="o", capsize=3, label="teacher, 28 steps")
         for i, (name, line) in enumerate(students.items(), 1):  # beside each other, to be told apart
             style = {"color": (BLUE, RED, INK)[i - 1], "marker": "s", "capsize": 3, "label": name}
-            axis.errorbar([guidance + 0.12 * i], [line[key][0]], [line[key][1]], **style)
-        axis.set(xlabel="guidance", ylabel=label)
+            axis.errorbar([guidance + 0.12 * i], [scale * line[key][0]], [scale * line[key][1]], **style)
+        axis.set(xlabel=f"guidance (students: distilled at {guidance:g}, drawn aside)", ylabel=label)
     axes[0].legend(fontsize=8.5)
     save(figure, out, "guidance.png")
 
@@ -802,8 +802,9 @@ def parse() -> argparse.Namespace:
     add("--noise", choices=sid_fm.NOISES, default="fresh", help="between the student's steps (%(default)s)")
     add("--guidance", type=number(float), default=1.0, help="of the teacher, and in distillation (%(default)s)")
     add("--lora", type=number(int, 1), metavar="RANK", help="students as low-rank adapters on the teacher")
-    add("--preset", choices=PRESETS, default="laptop", help="pictures, network and length (%(default)s)")
-    add("--quick", dest="preset", action="store_const", const="quick", help="a short run: --preset quick")
+    one_of = parser.add_mutually_exclusive_group().add_argument
+    one_of("--preset", choices=PRESETS, default="laptop", help="pictures, network and length (%(default)s)")
+    one_of("--quick", dest="preset", action="store_const", const="quick", help="a short run: --preset quick")
     add("--device", choices=("cpu", "cuda"), help="where networks live (cpu; with --preset gpu cuda)")
     add("--teacher-iters", type=number(int, 1), help="of the teacher's training (4500; quick 900, gpu 4000)")
     add("--iters", type=number(int, 3), help="of distillation (1800; quick 150, gpu 1500)")
@@ -822,12 +823,17 @@ def main() -> None:
     try:
         if args.device == "cuda" and not torch.cuda.is_available():
             raise sid_fm.BadInput("this machine has no GPU that torch can use: give --device cpu or another --preset")
-        make_folder(args.out)
+        width = PRESETS[args.preset].heads * PRESETS[args.preset].head_dim
+        if args.lora and args.lora > width:
+            raise sid_fm.BadInput(f"--lora {args.lora}: the layers are {width} wide, and ranks smaller")
+        sid_fm.claim(args.out)
         run(args)
     except sid_fm.BadInput as error:
         fail(error)
     except FloatingPointError as error:
-        fail(f"{error}: try another --weight or --seed", status=1)
+        fail(f"{error}: try other settings, or another --seed", status=1)
+    except OSError as error:
+        sid_fm.say_disk_full(error)
     except KeyboardInterrupt:
         fail(f"stopped: a teacher whose training ended is kept in {args.out}", status=130)
 

@@ -1835,7 +1835,7 @@ class Teacher:
         self.dit, self.vae, self.scheduler = dit, vae, scheduler
         self.scale = vae.config.get("scaling_factor", 1.0)
         self.shift = vae.config.get("shift_factor") or 0.0
-        self.weights = next(dit.parameters())  # their dtype and device are everyone's
+        self.weights = next(vae.parameters())  # their dtype and device are everyone's
         # What it was trained at: FLUX's network doesn't say, its autoencoder does.
         latent_size = dit.config.get("sample_size")
         self.resolution = vae.downscale * latent_size if latent_size else vae.config.get("sample_size", 1024)
@@ -1994,21 +1994,28 @@ def describe(name_or_path: str | Path, random_weights: bool = False) -> Teacher:
 
 
 def load_teacher(
-    name_or_path: str | Path, device: str = "cpu", dtype: torch.dtype = torch.float32, random_weights: bool = False
+    name_or_path: str | Path,
+    device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    random_weights: bool = False,
+    network: bool = True,
 ) -> Teacher:
     """A teacher by name (a key of NAMES), from a folder in the diffusers layout, or from a Hub repository.
 
     random_weights builds a named teacher at its true size without any download: random weights, random conditions.
+    network=False: all but its network's weights (which stays on the meta device), as a student needs it.
     Raises BadInput for whatever of the network or the autoencoder does not fit, before weights are read.
     """
     name = str(name_or_path)
     if random_weights:
         outline = describe(name, random_weights)
-        nets = [random_part(type(net), net.config, device, dtype) for net in (outline.dit, outline.vae)]
-        return Teacher(name, None, outline.family, *nets, outline.scheduler)
-    folder, family, *parts = open_pipeline(name)
+        dit, vae = outline.dit, random_part(type(outline.vae), outline.vae.config, device, dtype)
+        dit = random_part(type(dit), dit.config, device, dtype) if network else dit
+        return Teacher(name, None, outline.family, dit, vae, outline.scheduler)
+    folder, family, dit, vae = open_pipeline(name)
     scheduler = read_json(folder / "scheduler" / "scheduler_config.json")
-    return Teacher(name, folder, family, *(fill_part(*part, device, dtype) for part in parts), scheduler)
+    dit = fill_part(*dit, device, dtype) if network else dit[0]
+    return Teacher(name, folder, family, dit, fill_part(*vae, device, dtype), scheduler)
 
 
 def as_student(net: nn.Module) -> nn.Module:
@@ -2019,15 +2026,16 @@ def as_student(net: nn.Module) -> nn.Module:
 
 
 def load_student(folder_or_hub_id: str | Path, teacher: Teacher) -> nn.Module:
-    """A student from its folder, from a whole pipeline's folder, or from a Hub repository of either. Raises BadInput."""
+    """A student from its folder, from a whole pipeline's folder, or from a Hub repository of either, where the teacher's
+    network is (on the CPU, where that has no weights). Raises BadInput."""
     folder = resolve(folder_or_hub_id, NETWORK)
     folder = folder / "transformer" if (folder / "transformer").is_dir() else folder
     config, expected = read_json(folder / "config.json"), teacher.dit.config
     if config.get("_class_name") != expected["_class_name"]:
         raise BadInput(f"{folder} is a {config.get('_class_name')}, and {teacher.name} a {expected['_class_name']}")
     override = {"timestep_scale": expected["timestep_scale"]} if "timestep_scale" in expected else {}
-    part = open_part(teacher.family.backbone, folder, **override)
-    return as_student(fill_part(*part, next(teacher.dit.parameters()).device, teacher.weights.dtype))
+    part, device = open_part(teacher.family.backbone, folder, **override), next(teacher.dit.parameters()).device
+    return as_student(fill_part(*part, "cpu" if device.type == "meta" else device, teacher.weights.dtype))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -2104,7 +2112,7 @@ def write(file: Path, content: Callable[[Path], object]) -> None:
         part.replace(file)
     except BaseException as error:
         part.unlink(missing_ok=True)
-        if "os error 28" in str(error) or "No space left" in str(error):  # as safetensors tells it
+        if re.search(r"os error (28|122)\b|No space left|quota exceeded", str(error)):  # as safetensors tells it
             raise OSError(errno.ENOSPC, "the disk is full") from None
         raise
 
@@ -2310,6 +2318,26 @@ def join(device: str) -> None:
         torch.distributed.init_process_group("nccl" if own else "gloo", **options)
 
 
+@contextlib.contextmanager
+def first_alone(device: str) -> Iterator[int]:
+    """The first process goes through this alone, then the others, who leave if it failed: it says why. Yields the rank."""
+    rank, world = processes()
+    went_well = torch.zeros((), device=device)
+    if rank > 0:
+        torch.distributed.broadcast(went_well, 0)
+        if not went_well:
+            leave()
+            raise SystemExit(2)
+    try:
+        yield rank
+        went_well += 1
+    finally:
+        if rank == 0 and world > 1:
+            torch.distributed.broadcast(went_well, 0)
+            if not went_well:
+                leave()
+
+
 def leave() -> None:
     """Leaves the other processes. Gloo's threads live on, since DTensor's caches keep the group, and need the interpreter
     once more to let go of their last tensors: without the wait they abort a process whose interpreter is ending."""
@@ -2420,6 +2448,14 @@ def save_state(
                 shutil.rmtree(old, ignore_errors=True)
 
 
+def read_state(folder: Path) -> dict:
+    """state.json: iteration, processes, settings. Raises BadInput."""
+    notes = read_json(folder / "state.json")
+    if not {"iteration", "processes", "settings"} <= notes.keys() or "planned" not in notes["settings"]:
+        raise BadInput(f"{folder / 'state.json'} is no state of a run: give another --out to start again")
+    return notes
+
+
 def load_state(folder: Path, settings: dict, nets: dict, optimizers: Iterable, rng: torch.Generator) -> int:
     """Puts a state back where save_state took it from, and returns its iteration. Raises BadInput for one of other
     settings, of another number of processes, or that can't be read."""
@@ -2427,7 +2463,7 @@ def load_state(folder: Path, settings: dict, nets: dict, optimizers: Iterable, r
     from safetensors.torch import load_file
 
     rank, world = processes()
-    notes = read_json(folder / "state.json")
+    notes = read_state(folder)
     if notes["processes"] != world:
         raise BadInput(f"--resume: the run had {notes['processes']} processes and this one has {world}: start as many")
     former = notes["settings"]
@@ -2456,13 +2492,16 @@ def load_state(folder: Path, settings: dict, nets: dict, optimizers: Iterable, r
 
 
 @contextlib.contextmanager
-def signals() -> Iterator[list[int]]:
-    """The first Ctrl-C or SIGTERM joins a list, to be dealt with when an iteration is done; the second ends the process."""
-    caught: list[int] = []
+def signals() -> Iterator[list[tuple[int, float]]]:
+    """The first Ctrl-C or SIGTERM joins a list, to be dealt with when an iteration is done; another one ends the process,
+    unless it comes within two seconds: to a process of torchrun's each may come twice."""
+    caught: list[tuple[int, float]] = []
 
     def catch(number: int, frame: object) -> None:
-        caught.append(number)
-        signal.signal(number, former[number])
+        caught.append((number, time.monotonic()))
+        if caught[-1][1] > caught[0][1] + 2:
+            signal.signal(number, former[number])
+            signal.raise_signal(number)
 
     former = {number: signal.signal(number, catch) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
@@ -2747,9 +2786,15 @@ class Cache:
                 bar.update(len(some))
 
     def __getitem__(self, items: list) -> dict[str, Tensor]:
+        from safetensors import SafetensorError
         from safetensors.torch import load_file
 
-        rows = [load_file(self.files[item]) for item in items]
+        rows = []
+        for file in (self.files[item] for item in items):
+            try:
+                rows.append(load_file(file))
+            except SafetensorError:
+                raise BadInput(f"{file} is damaged: remove it and start again") from None
         batch = {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
         if self.device == "cuda":  # from pinned memory the host need not wait for the copy
             batch = {name: x.pin_memory() for name, x in batch.items()}
@@ -2761,9 +2806,9 @@ def encode_once(
 ) -> tuple[Cache, Cache]:
     """Conditions of the prompts and of the empty one, and latents of the images, on disk. No text encoder stays in
     memory; where there are more processes, the first encodes and the others find it done."""
-    rank, world = processes()
     # What tells this teacher's encoders from others: the size and time of each of its files
-    files = sorted(teacher.folder.rglob("*.safetensors")) if teacher.folder else []
+    files = sorted(teacher.folder.glob("*/*.safetensors")) if teacher.folder else []
+    files = [file for file in files if PARTS.match(file.relative_to(teacher.folder).as_posix()) and file.is_file()]
     key = [teacher.name, *([str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in files), args.dtype]
 
     def encode_texts(some: list[str]) -> dict[str, Tensor]:
@@ -2772,15 +2817,12 @@ def encode_once(
     def encode_images(some: list[tuple[Path, int]]) -> dict[str, Tensor]:
         return {"x_0": teacher.encode(torch.stack([read_image(file, args.resolution) for file, _ in some]))}
 
-    if rank > 0:
-        torch.distributed.barrier()
-    pictures = Cache(folder / "images", images, encode_images, [*key, args.resolution], args.device)
-    with warnings.catch_warnings(record=True) as caught:
-        key += [args.tokens, teacher.instruction]
-        texts = Cache(folder / "prompts", ["", *prompts], encode_texts, key, args.device)
+    with first_alone(args.device) as rank:
+        pictures = Cache(folder / "images", images, encode_images, [*key, args.resolution], args.device)
+        with warnings.catch_warnings(record=True) as caught:
+            key += [args.tokens, teacher.instruction]
+            texts = Cache(folder / "prompts", ["", *prompts], encode_texts, key, args.device)
     teacher.forget_text()
-    if rank == 0 and world > 1:
-        torch.distributed.barrier()
     if caught and rank == 0:  # not one warning for every few prompts
         more = f" (and {len(caught) - 1} more such warnings)" if caught[1:] else ""
         warnings.warn(f"{caught[0].message}{more}", stacklevel=2)
@@ -2884,6 +2926,35 @@ def make_folder(folder: Path) -> None:
         raise BadInput(f"cannot write to the folder --out {folder}: {error.strerror}") from None
 
 
+CLAIMED: dict[Path, int] = {}  # folders that this process writes a run to, kept open
+
+
+def claim(folder: Path) -> None:
+    """make_folder, for this process alone until it ends, where the file system knows locks. Raises BadInput if another one
+    has it."""
+    make_folder(folder)
+    if os.name != "posix" or os.environ.get("RANK", "0") != "0" or folder.resolve() in CLAIMED:
+        return
+    import fcntl
+
+    here = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(here, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise BadInput(f"another run is writing to {folder}: choose another --out") from None
+    except OSError:
+        os.close(here)
+    else:
+        CLAIMED[folder.resolve()] = here
+
+
+def say_disk_full(error: OSError) -> NoReturn:
+    """The one line of a full disk; any other error goes on."""
+    if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        raise error
+    fail("the disk is full: what was saved before is whole", status=1)
+
+
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     about = "Distils a flow-matching teacher into a generator of a few steps (SiD-DiT), and samples from both."
     parser = argparse.ArgumentParser(description=about, epilog="Names: " + ", ".join(NAMES))
@@ -2930,32 +3001,40 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--clip", default="openai/clip-vit-large-patch14", metavar="NAME", help="a folder or Hub id (%(default)s)")
 
     args = parser.parse_args(argv)
+    args.words = sys.argv[1:] if argv is None else argv
+    if any(
+        "\udc80" <= letter <= "\udcff" for word in args.words for letter in str(word)
+    ):  # bytes, as Python keeps them
+        fail("an argument is not UTF-8")
     if args.evaluate and not args.student:
         fail("--evaluate measures a student: give --student FOLDER")
     if args.evaluate and args.sample:
         fail("--evaluate and --sample together: one at a time")
-    args.words = sys.argv[1:] if argv is None else argv
     return args
 
 
 def prepare(args: argparse.Namespace, training: bool = False) -> Teacher:
-    """The teacher, on the device and in the dtype asked for, once it is known to fit. Puts into args what was left open.
-    Raises BadInput."""
+    """The teacher in the dtype asked for, once it is known to fit: its autoencoder on the device, its network on the CPU or,
+    where a student is all that is sampled, without weights. Puts into args what was left open. Raises BadInput."""
     there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     args.device = args.device or next(device for device, present in there.items() if present)
     if not there[args.device]:
         raise BadInput(f"--device {args.device}: this machine has none; give --device cpu, or leave it out")
-    join(args.device)
+    if not args.sample:
+        join(args.device)
     args.dtype = args.dtype or ("bf16" if args.device == "cuda" else "fp32")
     dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[args.dtype]
     outline = describe(args.teacher, args.random_weights)
     if args.guidance is None:
         args.guidance = 1.0 if outline.dit.config.get("guidance_embeds") else 4.5
+    width = outline.dit.config["num_attention_heads"] * outline.dit.config["attention_head_dim"]
+    if args.lora and args.lora > width:
+        raise BadInput(f"--lora {args.lora}: the layers of {args.teacher} are {width} wide, and ranks smaller")
     args.recompute = weigh(args, outline, dtype, training)
-    # In training the network goes to its device when the text encoders have left it; where processes share it, in parts.
-    teacher = load_teacher(args.teacher, "cpu" if training else args.device, dtype, args.random_weights)
-    if training:
-        teacher.weights = next(teacher.vae.to(args.device).parameters())
+    # Networks go to their device when the text encoders have left it; where processes share them, in parts.
+    needed = training or args.evaluate or not args.student
+    teacher = load_teacher(args.teacher, "cpu", dtype, args.random_weights, network=needed)
+    teacher.weights = next(teacher.vae.to(args.device).parameters())
     args.resolution = args.resolution or teacher.resolution
     if args.instruction is not None:
         teacher.instruction = read_text(args.instruction).removesuffix("\n")
@@ -2967,7 +3046,9 @@ def weigh(args: argparse.Namespace, outline: Teacher, dtype: torch.dtype, traini
     Returns whether blocks must be recomputed for it to fit."""
     world = processes()[1]
     count, have = sum(p.numel() for p in outline.dit.parameters()), device_memory(args.device)
-    recompute, parts = False, {"weights": count * dtype.itemsize * (2 if args.student else 1)}
+    if args.device == "cpu":  # which the processes of one machine share
+        have /= int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    recompute, parts = False, {"weights": count * dtype.itemsize * (2 if args.evaluate else 1)}
     if training:
         shape = (args.batch, *outline.latent_shape(args.resolution or outline.resolution))
         # Adapters of all networks are on one copy, but where processes share them or the student starts elsewhere.
@@ -3006,18 +3087,21 @@ def sample(args: argparse.Namespace) -> None:
     """--sample: draws prompts with the teacher, or with a student."""
     from PIL import Image, ImageDraw
 
+    if os.environ.get("RANK", "0") != "0":  # one process draws
+        return
     out = args.out or Path("sample.png")
-    out = out if out.suffix else out.with_suffix(".png")
+    out = out if out.suffix or out.is_dir() else out.with_suffix(".png")
     if out.is_dir() or out.suffix.lower() != ".png":
         raise BadInput(f"--out {out}: with --sample it is the name of a picture, a .png")
     make_folder(out.parent)
     teacher = prepare(args)
     shape = teacher.latent_shape(args.resolution)
     student = load_student(args.student, teacher) if args.student else None
-    steps = args.steps or (4 if student else teacher.steps)
+    steps = args.steps or (4 if args.student else teacher.steps)
     cond = teacher.encode_prompts(args.sample, args.tokens)
     uncond = None if student else teacher.encode_prompts([""], args.tokens)
     teacher.forget_text()
+    (student or teacher.dit).to(args.device)
     z = noise_like(torch.empty(len(args.sample), *shape, device=args.device), torch.Generator().manual_seed(args.seed))
     drawn = []
     for i in range(len(z)):
@@ -3041,7 +3125,7 @@ def sample(args: argparse.Namespace) -> None:
 
 
 # What a resumed run may be told otherwise.
-PASSING = ("out", "resume", "iters", "save_every", "device", "recompute", "sample", "words")
+PASSING = ("out", "resume", "iters", "save_every", "recompute", "sample", "words")
 PASSING += ("evaluate", "evaluate_every", "reference", "num", "clip")
 MOST_SKIPPED = 10  # updates in a row
 
@@ -3058,8 +3142,14 @@ def train(args: argparse.Namespace) -> None:
         raise BadInput(f"{out} holds the state of a run: --resume goes on with it, another --out starts anew")
     prompts, images = read_inputs(args)
     measure = Measure(args, prompts, 64) if args.evaluate_every else None
-    prompts = prompts or compose(min(args.iters * args.batch * args.accumulate, 2048), args.seed)
-    make_folder(out)
+    args.planned = args.iters
+    if args.resume:
+        former = read_state(out / "state")
+        if former["iteration"] > args.iters:
+            raise BadInput(f"--iters {args.iters}: the run in {out} has had {former['iteration']} already")
+        args.planned = former["settings"]["planned"]  # one that is made longer goes on as it began
+    prompts = prompts or compose(min(args.planned * args.batch * args.accumulate, 2048), args.seed)
+    claim(out)
 
     # The teacher, and what its encoders make of it
     teacher = prepare(args, training=True)
@@ -3131,8 +3221,10 @@ def train(args: argparse.Namespace) -> None:
     options = {"steps": steps, "guidance": args.guidance, "uncond": uncond, "start": first, "rng": rng}
     options |= {key: getattr(args, key) for key in ("loss", "alpha", "weight", "noise", "iters", "accumulate")}
     # The authors' waiting times of the adversarial term, for runs as long as theirs; shorter ones wait a tenth, a fifth.
-    options["warmup"] = (min(20_000, total // 10), min(40_000, total // 5))
+    planned = args.planned * each
+    options["warmup"] = (min(20_000, planned // 10), min(40_000, planned // 5))
     waiting: list[dict] = []  # measurements that are still on the device
+    hosts = torch.distributed.new_group(backend="gloo") if world > 1 else None
     bar = tqdm(total=total, initial=first * each, unit=" images", unit_scale=True, desc=out.name, disable=rank > 0)
     with signals() as stop, bar:
         for measured in distill(teacher.dit, student, fake, optimizers, batches(), shape, **options):
@@ -3149,8 +3241,11 @@ def train(args: argparse.Namespace) -> None:
             waiting.append(measured)
             bar.update(each)
             saves = last or done % args.save_every == 0
+            halt = torch.tensor(stop[0][0] if stop else 0)
+            if world > 1:  # all or none; no host waits for its device here
+                torch.distributed.all_reduce(halt, torch.distributed.ReduceOp.MAX, group=hosts)
             # Reading the measurements waits for the device, so that is done seldom.
-            if not (len(waiting) == 10 or saves or (stop and world == 1)):
+            if not (len(waiting) == 10 or saves or halt):
                 continue
             log += read_measurements(waiting, out / "log.jsonl")
             waiting.clear()
@@ -3159,16 +3254,13 @@ def train(args: argparse.Namespace) -> None:
                 bar.close()
                 said = f"{MOST_SKIPPED} updates in a row, up to iteration {done}, were skipped: no finite gradient"
                 fail(f"diverged: {said}; try a smaller --lr; {out} has what was saved before", status=1)
-            halt = torch.tensor(stop[-1] if stop else 0, device=args.device)
-            if world > 1:
-                torch.distributed.all_reduce(halt, torch.distributed.ReduceOp.MAX)
             if saves:
                 save(done)
             elif halt:
                 save_state(out / "state", done, settings, *state)
             if halt and not last:
                 bar.close()
-                launch = ["torchrun", f"--nproc_per_node={world}"] if world > 1 else ["python"]
+                launch = ["torchrun", f"--nproc_per_node={world}", "--"] if world > 1 else ["python"]
                 again = shlex.join([*launch, "sid_fm.py", *asked.words, *["--resume"] * (not args.resume)])
                 fail(f"stopped after iteration {done}, which is saved. To go on:\n{again}", status=128 + int(halt))
     if rank > 0:
@@ -3279,11 +3371,12 @@ def evaluate(args: argparse.Namespace) -> None:
     """--evaluate: measures the teacher's own sampler, and a student at 1, 2, 4 steps."""
     out = args.out or Path("runs") / f"{Path(args.teacher).resolve().name}-evaluation"
     measure = Measure(args, read_inputs(args)[0], 500)
-    make_folder(out)
+    claim(out)
     teacher = prepare(args)
     student = load_student(args.student, teacher)
     prompts, (rank, world) = measure.prompts, processes()
     texts, _ = encode_once(args, teacher, out / "cache", prompts)
+    teacher.dit.to(args.device), student.to(args.device)
     measure.open(teacher, texts)
     samplers = {("teacher", teacher.steps): measure.own_sampler}
     samplers |= {("student", n): few_step(student, n, args.noise) for n in sorted({1, 2, 4, args.steps or 4})}
@@ -3328,9 +3421,7 @@ def main(argv: list[str] | None = None) -> None:
     except torch._dynamo.exc.TorchDynamoException as error:
         fail(f"--compile failed ({str(error).strip().splitlines()[0]}): leave it out", status=1)
     except OSError as error:
-        if error.errno != errno.ENOSPC:
-            raise
-        fail("the disk is full: what was saved before is whole", status=1)
+        say_disk_full(error)
 
 
 if __name__ == "__main__":

@@ -34,11 +34,11 @@ from sid_fm import (
     fail,
     flow_matching_loss,
     generate,
-    make_folder,
     match_dims,
     number,
     path_terms,
     pyplot,
+    say_disk_full,
     sid_loss,
     write,
     write_json,
@@ -209,7 +209,8 @@ def distil(
         skipped.append(measured["skipped"])
         tick(fisher[-1])
     if torch.stack(skipped).any():
-        raise FloatingPointError(f"a student diverged, with {options}")
+        said = ", ".join(f"{name} {options[name]}" for name in ("loss", "alpha", "weight", "steps") if name in options)
+        raise FloatingPointError(f"a student diverged ({said})")
     return average.module, torch.stack(fisher).tolist(), copies
 
 
@@ -975,7 +976,7 @@ def draw_flow(out: Path, teacher: nn.Module, student: nn.Module) -> None:
         axis.plot(*trace[0].T, ".", color=RED, markersize=5, label="noise z")
         axis.plot(*trace[-1].T, ".", color=BLUE, markersize=6, label="sample")
         axis.set_title(title)
-    axes[3].legend(fontsize=9, loc="upper right")
+    axes[3].legend(fontsize=9, loc="lower right")
     for axis in axes:
         axis.set(aspect="equal", xlim=(-2.4, 2.4), ylim=(-2.4, 2.4), xticks=[], yticks=[])
     save(figure, out, "flow.png")
@@ -1188,7 +1189,7 @@ def main() -> None:
     try:
         if args.check:
             raise SystemExit(0 if check_all(args.seed) else 1)
-        make_folder(args.out)
+        sid_fm.claim(args.out)
         held = args.sweep or check_all(args.seed)
         if args.sweep:
             sweep(args)
@@ -1199,7 +1200,9 @@ def main() -> None:
     except sid_fm.BadInput as error:
         fail(error)
     except FloatingPointError as error:
-        fail(f"{error}: try another --weight or --seed", status=1)
+        fail(f"{error}: try other settings, or another --seed", status=1)
+    except OSError as error:
+        say_disk_full(error)
     except KeyboardInterrupt:
         fail("stopped" if args.check else f"stopped: what was drawn so far is in {args.out}", status=130)
     raise SystemExit(0 if held else 1)

@@ -454,6 +454,33 @@ def test_teacher_and_student_sample_in_their_own_ways(pipeline, run, monkeypatch
         assert guidance == 4.5
 
 
+@pytest.mark.parametrize("who", ["teacher", "student"])
+def test_one_network_is_loaded_to_sample_and_moves_when_text_encoders_have_left(
+    pipeline, student, run, monkeypatch, tmp_path, who
+):
+    """So that a student can be sampled where it could be trained."""
+    filled, moved, forgotten = [], [], []
+    fill, to, forget = sid_fm.fill_part, sid_fm.nn.Module.to, sid_fm.Teacher.forget_text
+    monkeypatch.setattr(sid_fm, "fill_part", lambda net, *rest: filled.append(type(net)) or fill(net, *rest))
+    monkeypatch.setattr(sid_fm.Teacher, "forget_text", lambda self: forgotten.append(len(moved)) or forget(self))
+    monkeypatch.setattr(sid_fm.nn.Module, "to", lambda net, *where: moved.append(type(net)) or to(net, *where))
+    of = ["--student", student] if who == "student" else []
+    run(
+        pipeline("sd3-medium"),
+        *of,
+        "--sample",
+        "a fox",
+        "--steps",
+        1,
+        "--resolution",
+        32,
+        "--out",
+        tmp_path / "fox.png",
+    )
+    assert filled.count(sid_fm.MMDiT) == 1 and (tmp_path / "fox.png").exists()
+    assert sid_fm.MMDiT not in moved[: forgotten[0]] and sid_fm.MMDiT in moved[forgotten[0] :]
+
+
 def test_a_prompt_with_dollars_is_no_formula(tmp_path):
     prompts = ["a price tag, was $20, 50% off, now $10", '"$5 & up", "$10 & up"']
     sid_fm.draw_samples(tmp_path / "grid.png", {"student": [np.zeros((8, 8, 3), np.uint8)] * 2}, prompts)
@@ -720,6 +747,7 @@ def test_bad_data(pipeline, files, refused, tmp_path, kind):
         ("sana", "--dtype fp8", "--dtype"),
         ("sana", "--device tpu", "--device"),
         ("sana", "--frobnicate", "--frobnicate"),
+        ("sana", "--lora 100000", "layers"),
         ("sana", "--random-weights", "random weights need one of the names"),
         ("sana", "--student nowhere", "nowhere"),
     ],
@@ -750,6 +778,47 @@ def test_an_out_that_is_something_else(pipeline, refused, tmp_path):
     (tmp_path / "folder.png").mkdir()
     assert "file" in refused(pipeline("sana"), *SHORT, "--out", tmp_path / "file")
     assert "folder.png" in refused(pipeline("sana"), "--sample", "a fox", "--out", tmp_path / "folder.png")
+    assert "name of a picture" in refused(pipeline("sana"), "--sample", "a fox", "--out", ".")
+
+
+@pytest.mark.parametrize("script", ["sid_fm", "toy_2d", "dit_tiny"])
+def test_another_run_in_the_same_folder(pipeline, tmp_path, script):
+    """A folder is one process's until that ends."""
+    hold = f"import sys, pathlib, sid_fm; sid_fm.claim(pathlib.Path({str(tmp_path)!r})); print(1, flush=True); input()"
+    arguments = ["--teacher", pipeline("sana"), *map(str, SHORT)] if script == "sid_fm" else ["--quick"]
+    source = Path(sid_fm.__file__).parent
+    with subprocess.Popen(
+        [sys.executable, "-c", hold], cwd=source, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as first:
+        first.stdout.readline()
+        command = [sys.executable, source / f"{script}.py", *arguments, "--out", tmp_path]
+        second = subprocess.run(command, capture_output=True, text=True, check=False)
+        first.communicate(b"\n")
+    assert second.returncode == 2 and not second.stdout
+    assert re.fullmatch(rf"{script}.py: another run is writing to .*: choose another --out\n", second.stderr)
+    assert not [*tmp_path.iterdir()]
+    sid_fm.claim(tmp_path), sid_fm.claim(tmp_path)  # it is free again
+
+
+def test_an_argument_that_is_no_text(pipeline, refused):
+    """A byte that is not UTF-8, as Python hands it on."""
+    assert "not UTF-8" in refused(pipeline("sana"), "--sample", "a \udcff fox")
+
+
+def test_a_damaged_cache(pipeline, run, untrained, refused, tmp_path):
+    run(pipeline("sana"), *SHORT, "--out", tmp_path)
+    for file in times(tmp_path):
+        file.write_bytes(b"")
+    assert "is damaged" in refused(pipeline("sana"), *SHORT, "--out", tmp_path)
+
+
+def test_what_else_lies_in_the_teachers_folder_is_not_in_the_caches_key(pipeline, run, untrained, tmp_path):
+    teacher = shutil.copytree(pipeline("sana"), tmp_path / "teacher")
+    run(teacher, *SHORT, "--out", teacher / "run")
+    first = times(teacher / "run")
+    (teacher / "transformer" / "diffusion_pytorch_model.fp16.safetensors").symlink_to("nowhere")
+    run(teacher, *SHORT, "--out", teacher / "run")
+    assert first and times(teacher / "run") == first
 
 
 def test_a_student_of_another_kind(pipeline, refused):
@@ -768,7 +837,7 @@ def test_a_disk_too_small_for_the_cache(pipeline, refused, monkeypatch, tmp_path
     assert not [path for path in (tmp_path / "out").rglob("*") if path.is_file()]
 
 
-def test_a_cpu_that_cannot_hold_the_teacher(refused, run, monkeypatch, capsys):
+def test_a_cpu_that_cannot_hold_the_teacher(refused, run, monkeypatch, capsys, tmp_path):
     """Said before anything is downloaded or loaded."""
     monkeypatch.setattr(sid_fm, "fetch", lambda *args: pytest.fail("asked the Hub"))
     memory = {"SC_PAGE_SIZE": 4096, "SC_PHYS_PAGES": 2**20}
@@ -776,7 +845,7 @@ def test_a_cpu_that_cannot_hold_the_teacher(refused, run, monkeypatch, capsys):
     line = refused("sd3-medium", "--batch", 4)
     assert "2.03 billion" in line and "gradients 8.1, optimiser 16.2" in line and "has 4.3 GB" in line
     assert "--dtype bf16, --batch 1 --accumulate 4, --lora 16" in line
-    assert "smaller teacher" in refused("flux-dev", "--sample", "a fox", "--dtype", "bf16")
+    assert "smaller teacher" in refused("flux-dev", "--sample", "a fox", "--dtype", "bf16", "--out", tmp_path / "x.png")
 
 
 def test_a_run_says_what_memory_it_takes_and_recomputes_blocks_if_it_must(
@@ -787,7 +856,7 @@ def test_a_run_says_what_memory_it_takes_and_recomputes_blocks_if_it_must(
     class Stop(Exception):
         pass
 
-    def stop(*args):
+    def stop(*args, **options):
         raise Stop
 
     monkeypatch.setattr(sid_fm, "load_teacher", stop)
@@ -797,6 +866,10 @@ def test_a_run_says_what_memory_it_takes_and_recomputes_blocks_if_it_must(
             run("sd3-medium", "--random-weights", "--batch", 2, "--dtype", "bf16", "--resolution", 512, "--tokens", 256)
         line = capsys.readouterr().err
         assert "weights 20.3, gradients 8.1, optimiser 16.2" in line and re.search(ending, line)
+    monkeypatch.setattr(sid_fm, "device_memory", lambda device: 5e9)  # of a student its network is all there is
+    with pytest.raises(Stop):
+        run("sd3-medium", "--student", "a", "--sample", "a fox", "--dtype", "bf16", "--out", tmp_path / "fox.png")
+    assert "weights 4.1" in capsys.readouterr().err
 
 
 @pytest.fixture

@@ -1,6 +1,7 @@
 """dit_tiny.py: pictures are read back without error, measures against closed forms, and the whole of it in miniature."""
 
 import contextlib
+import errno
 import json
 import math
 import sys
@@ -354,3 +355,15 @@ def test_recorded_iterations_are_the_iterations(data, monkeypatch):
     # would show in one. Libraries may choose other kernels for a recording, which round differently.
     for a, b in zip([*got, *said], [*expected, *said_then], strict=True):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+
+
+def test_a_full_disk_is_one_line(monkeypatch, capsys, tmp_path):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(sys, "argv", ["dit_tiny.py", "--quick", "--out", str(tmp_path)])
+    monkeypatch.setattr(dit_tiny, "run", full)
+
+    with pytest.raises(SystemExit) as error:
+        dit_tiny.main()
+    assert error.value.code == 1 and "the disk is full" in capsys.readouterr().err

@@ -16,6 +16,7 @@ from pathlib import Path
 import diffusers
 import pytest
 import torch
+from PIL import Image
 from pipelines import randomise
 from safetensors.torch import load_file
 from torch.multiprocessing import spawn
@@ -490,6 +491,45 @@ def test_a_stopped_run_resumes_to_the_same_numbers(command, quiet, monkeypatch, 
     assert_same_run(tmp_path / "whole", tmp_path / "stopped")
 
 
+def test_a_signal_that_comes_twice_at_once_counts_once(monkeypatch):
+    """torchrun passes on what its processes have got themselves. Two seconds later it is meant."""
+    now = [100.0]
+    monkeypatch.setattr(sid_fm.time, "monotonic", lambda: now[0])
+    former = signal.signal(signal.SIGINT, signal.default_int_handler)  # children of a shell's background job ignore it
+    try:
+        with sid_fm.signals() as stop:
+            signal.raise_signal(signal.SIGINT)
+            now[0] += 1.5
+            signal.raise_signal(signal.SIGTERM)
+            assert [number for number, _ in stop] == [signal.SIGINT, signal.SIGTERM]
+            now[0] += 1.5
+            with pytest.raises(KeyboardInterrupt):
+                signal.raise_signal(signal.SIGINT)
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, former)
+
+
+def test_a_longer_run_goes_on_as_it_began(command, quiet, monkeypatch, tmp_path):
+    """Composed prompts and waiting times are those of the length that was asked for first."""
+    folder = tmp_path / "data"
+    folder.mkdir()
+    for i in range(3):
+        Image.new("RGB", (32, 32), (90 * i, 40, 40)).save(folder / f"{i}.png")
+        (folder / f"{i}.txt").write_text(f"picture {i}")
+    given, composed, distill, compose = [], [], sid_fm.distill, sid_fm.compose
+    monkeypatch.setattr(sid_fm, "distill", lambda *args, **options: given.append(options) or distill(*args, **options))
+    monkeypatch.setattr(sid_fm, "compose", lambda *args: composed.append(args) or compose(*args))
+    for source in (["--data", str(folder)], []):
+        for more in (["--iters", 12], ["--iters", 15, "--resume"]):
+            arguments = command(f"run{len(source)}", *more)
+            at = arguments.index("--prompts")
+            sid_fm.main(arguments[:at] + arguments[at + 2 :] + source)
+    waits = [(options["iters"], options["warmup"]) for options in given]
+    assert waits[:2] == [(12, (2, 4)), (15, (2, 4))]
+    assert composed == [(24, 0), (24, 0)]
+
+
 def refused(capsys, arguments, status=2):
     with pytest.raises(SystemExit) as error:
         sid_fm.main(arguments)
@@ -512,6 +552,14 @@ def test_resuming_what_cannot_be_resumed(command, quiet, capsys, tmp_path):
     file = tmp_path / "run" / "state" / "0000012" / "0-fake.safetensors"
     file.write_bytes(file.read_bytes()[:1000])
     assert "can't be read" in refused(capsys, command("run", "--resume"))
+    arguments = (tmp_path / "run" / "args.json").read_text()
+    assert "--iters 3" in refused(capsys, command("run", "--resume", "--iters", 3))  # of twelve that it has had
+    assert (tmp_path / "run" / "args.json").read_text() == arguments
+    former = json.loads(notes.read_text())
+    notes.write_text(json.dumps(former | {"settings": former["settings"] | {"device": "cuda"}}))
+    assert "--device was cuda" in refused(capsys, command("run", "--resume"))  # whose random state is another kind
+    notes.write_text("{}")
+    assert "is no state of a run" in refused(capsys, command("run", "--resume"))
 
 
 def test_a_full_disk_keeps_the_last_good_state(command, quiet, monkeypatch, capsys, tmp_path):
@@ -582,3 +630,47 @@ def test_torchrun_distils_saves_and_resumes(command, tmp_path):
         [sys.executable, SCRIPT, *command("run", "--resume")], capture_output=True, text=True, check=False
     )
     assert done.returncode == 2 and "2 processes and this one has 1" in done.stderr
+
+
+SIGNALLED = """
+import os, signal, sys
+sys.path.insert(0, {folder!r})
+import sid_fm
+distill = sid_fm.distill
+def loop(*args, **options):
+    for measured in distill(*args, **options):
+        if measured["iteration"] == 2 and options["start"] == 0 and os.environ["RANK"] == "1":
+            os.kill(os.getpid(), signal.SIGTERM), os.kill(os.getppid(), signal.SIGTERM)
+        yield measured
+sid_fm.distill = loop
+sid_fm.main()
+"""
+
+
+@pytest.mark.slow
+def test_torchrun_that_is_stopped_saves_at_once_and_resumes_to_the_same_numbers(command, tmp_path):
+    """The signal reaches one process of two and torchrun, which passes it on to both, long before iteration 10."""
+    script = tmp_path / "signalled.py"
+    script.write_text(SIGNALLED.format(folder=str(SCRIPT.parent)))
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port", "29951", "--"]
+
+    def start(script, *arguments):
+        return subprocess.run([*launch, str(script), *arguments], capture_output=True, text=True, check=False)
+
+    stopped = start(script, *command("stopped"))
+    assert "stopped after iteration 3, which is saved" in stopped.stderr and stopped.returncode, stopped.stderr[-2000:]
+    assert "torchrun --nproc_per_node=2 -- sid_fm.py" in stopped.stderr
+    assert json.loads((tmp_path / "stopped" / "state" / "state.json").read_text())["iteration"] == 3
+    for arguments in (command("stopped", "--resume"), command("whole")):
+        done = start(SCRIPT, *arguments)
+        assert done.returncode == 0, done.stderr[-2000:]
+    logs = [(tmp_path / name / "log.jsonl").read_text() for name in ("stopped", "whole")]
+    assert logs[0] == logs[1] and len(logs[0].splitlines()) == 12
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "0.png").write_bytes(b"no image")
+    (tmp_path / "data" / "0.txt").write_text("a fox")
+    arguments = command("bad", "--data", tmp_path / "data")
+    at = arguments.index("--prompts")
+    bad = start(SCRIPT, *arguments[:at], *arguments[at + 2 :])
+    assert bad.returncode and bad.stderr.count("can't be read as an image") == 1, bad.stderr
+    assert "[rank" not in bad.stderr and "SIGABRT" not in bad.stderr, bad.stderr  # no process' traceback

@@ -1,5 +1,6 @@
 """toy_2d.py: every claim of the derivation, the measures against closed forms, and the script as a user runs it."""
 
+import errno
 import json
 import math
 import os
@@ -256,3 +257,15 @@ def test_ctrl_c_keeps_what_was_drawn(tmp_path):
     assert process.returncode == 130
     assert f"stopped: what was drawn so far is in {tmp_path}" in errors and "Traceback" not in errors
     assert {file.name for file in tmp_path.iterdir()} >= {"densities.png", "alpha.png"}
+
+
+def test_a_full_disk_is_one_line(monkeypatch, capsys, tmp_path):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(sys, "argv", ["toy_2d.py", "--quick", "--out", str(tmp_path)])
+    monkeypatch.setattr(toy_2d, "draw_densities", full)
+    monkeypatch.setattr(toy_2d, "check_all", lambda seed: True)
+    with pytest.raises(SystemExit) as error:
+        toy_2d.main()
+    assert error.value.code == 1 and "the disk is full" in capsys.readouterr().err
