@@ -1835,7 +1835,8 @@ class Teacher:
         self.dit, self.vae, self.scheduler = dit, vae, scheduler
         self.scale = vae.config.get("scaling_factor", 1.0)
         self.shift = vae.config.get("shift_factor") or 0.0
-        self.weights = next(vae.parameters())  # their dtype and device are everyone's
+        like = vae if next(dit.parameters()).is_meta else dit
+        self.weights = next(like.parameters())  # their dtype and device are everyone's
         # What it was trained at: FLUX's network doesn't say, its autoencoder does.
         latent_size = dit.config.get("sample_size")
         self.resolution = vae.downscale * latent_size if latent_size else vae.config.get("sample_size", 1024)
