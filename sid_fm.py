@@ -2468,7 +2468,10 @@ def load_state(folder: Path, settings: dict, nets: dict, optimizers: Iterable, r
     if notes["processes"] != world:
         raise BadInput(f"--resume: the run had {notes['processes']} processes and this one has {world}: start as many")
     former = notes["settings"]
-    other = [f"--{key.replace('_', '-')} was {former.get(key)}" for key in settings if settings[key] != former.get(key)]
+    other = [key for key in settings if settings[key] != former.get(key)]
+    other = [
+        "other prompts" if key == "inputs" else f"--{key.replace('_', '-')} was {former.get(key)}" for key in other
+    ]
     if other:
         raise BadInput(f"--resume: the run in {folder.parent} had other settings: {', '.join(other)}")
     for (role, net), optimizer in zip(nets.items(), optimizers):
@@ -3178,6 +3181,7 @@ def train(args: argparse.Namespace) -> None:
     state = {"student": student, "fake": fake}, optimizers, rng
     settings = {key: value for key, value in vars(args).items() if key not in PASSING}
     settings = json.loads(json.dumps(settings, default=str))
+    settings["inputs"] = hashlib.sha256(json.dumps(prompts).encode()).hexdigest()  # images come with their captions
     first, log = 0, []
     if args.resume:
         first = load_state(out / "state", settings, *state)

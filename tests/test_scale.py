@@ -545,6 +545,10 @@ def test_resuming_what_cannot_be_resumed(command, quiet, capsys, tmp_path):
     assert "holds the state of a run" in refused(capsys, command("run"))  # --resume forgotten: nothing of it is lost
     assert (tmp_path / "run" / "log.jsonl").read_text() == log and log
     assert "--alpha was 1.0" in refused(capsys, command("run", "--resume", "--alpha", 0.5))
+    prompts = (tmp_path / "prompts.txt").read_text()
+    (tmp_path / "prompts.txt").write_text(prompts + "a tall house\n")
+    assert "other settings: other prompts" in refused(capsys, command("run", "--resume"))
+    (tmp_path / "prompts.txt").write_text(prompts)
     notes = tmp_path / "run" / "state" / "state.json"
     notes.write_text(notes.read_text().replace('"processes": 1', '"processes": 3'))
     assert "3 processes" in refused(capsys, command("run", "--resume"))
