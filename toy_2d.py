@@ -672,6 +672,22 @@ def check_sid_loss(rng: torch.Generator) -> Iterator[Check]:
     yield Check("   something flows through their inputs", share, 0.01, "share of the gradient", beyond=True)
 
 
+def check_guidance(rng: torch.Generator) -> Iterator[Check]:
+    """A guided score is a straight line here, -x_t / variance, but of a variance that no diffused distribution has."""
+    narrow, wide = (Mixture(torch.zeros(1, 1), sigma) for sigma in (0.5, 1.0))
+
+    def net(x_t: Tensor, t: Tensor, cond: dict) -> Tensor:
+        return torch.where(cond["narrow"][:, None], narrow.predict(x_t, t), wide.predict(x_t, t))
+
+    x_t, t = torch.ones(1, 1), torch.full((1,), 0.5)
+    cond, uncond = ({"narrow": torch.tensor([flag])} for flag in (True, False))
+    v, _ = sid_fm.guided(net, x_t, t, cond, uncond, guidance=2.5)
+    variance = float(-1 / convert(v, x_t, t, "rf", "v", "score"))
+    claim = "guided by 2.5 from N(0, 1) to N(0, 1/4), the score at t = 1/2 is that of variance 1/5"
+    yield Check(claim, abs(variance - 0.2), 64 * EPS, "64 roundings")
+    yield Check("   which is less than the noise has alone", variance, 0.5**2, "t^2")
+
+
 def check_generate(rng: torch.Generator) -> Iterator[Check]:
     net, z, run = Net(), torch.randn(8, 2, generator=rng), []
     times, between, last, prefix = ([0.0] for _ in range(4))
@@ -717,6 +733,7 @@ CHECKS = {  # and the step of the README's derivation that each belongs to
     check_gradients: 8,
     check_downhill: 8,
     check_sid_loss: 8,
+    check_guidance: 9,
     check_generate: 10,
 }
 
