@@ -1417,6 +1417,10 @@ class BadInput(ValueError):
     """What was given can't be used: one line that says what is wrong and what to do."""
 
 
+class OwnTrouble(BadInput):
+    """Of one process among many, which therefore says it itself."""
+
+
 def read_text(file: Path) -> str:
     """A text file's content. Raises BadInput."""
     try:
@@ -1827,21 +1831,27 @@ class Teacher:
 
     dit: v = net(x_t, t, cond). Latents are as the losses see them, (z - shift) * scale, unpacked, in float32. The text
     encoders are loaded when the first prompt comes, and leave memory with forget_text(). resolution: pixels a side, or
-    (height, width). Made by load_teacher.
+    (height, width). Made by load_teacher, which can leave the network's weights to load_network().
     """
+
+    fill: Callable[[str, torch.dtype], nn.Module]  # device, dtype -> the network with its weights
 
     def __init__(self, name: str, folder: Path | None, family: Family, dit: nn.Module, vae: nn.Module, scheduler: dict):
         self.name, self.folder, self.family = name, folder, family
         self.dit, self.vae, self.scheduler = dit, vae, scheduler
         self.scale = vae.config.get("scaling_factor", 1.0)
         self.shift = vae.config.get("shift_factor") or 0.0
-        like = vae if next(dit.parameters()).is_meta else dit
-        self.weights = next(like.parameters())  # their dtype and device are everyone's
+        self.weights = next(vae.parameters())  # their dtype and device are everyone's
         # What it was trained at: FLUX's network doesn't say, its autoencoder does.
         latent_size = dit.config.get("sample_size")
         self.resolution = vae.downscale * latent_size if latent_size else vae.config.get("sample_size", 1024)
         self.steps = NAMES[name].steps if name in NAMES else {"sana": 20}.get(family.kind, 28)
         self.text = None
+
+    def load_network(self, device: str) -> nn.Module:
+        """dit's weights, straight to a device."""
+        self.dit = self.fill(device, self.weights.dtype)
+        return self.dit
 
     def encode_prompts(self, prompts: list[str], max_length: int | None = None) -> dict[str, Tensor]:
         """Prompts to cond (chapter 6 gives shapes), on the teacher's device. max_length: of T5's or Gemma's tokens."""
@@ -2004,19 +2014,27 @@ def load_teacher(
     """A teacher by name (a key of NAMES), from a folder in the diffusers layout, or from a Hub repository.
 
     random_weights builds a named teacher at its true size without any download: random weights, random conditions.
-    network=False: all but its network's weights (which stays on the meta device), as a student needs it.
+    network=False leaves its network on the meta device, until load_network() or for a student in its place.
     Raises BadInput for whatever of the network or the autoencoder does not fit, before weights are read.
     """
     name = str(name_or_path)
     if random_weights:
         outline = describe(name, random_weights)
-        dit, vae = outline.dit, random_part(type(outline.vae), outline.vae.config, device, dtype)
-        dit = random_part(type(dit), dit.config, device, dtype) if network else dit
-        return Teacher(name, None, outline.family, dit, vae, outline.scheduler)
-    folder, family, dit, vae = open_pipeline(name)
-    scheduler = read_json(folder / "scheduler" / "scheduler_config.json")
-    dit = fill_part(*dit, device, dtype) if network else dit[0]
-    return Teacher(name, folder, family, dit, fill_part(*vae, device, dtype), scheduler)
+        dit, scheduler, fill = (
+            outline.dit,
+            outline.scheduler,
+            partial(random_part, type(outline.dit), outline.dit.config),
+        )
+        vae = random_part(type(outline.vae), outline.vae.config, device, dtype)
+        teacher = Teacher(name, None, outline.family, dit, vae, scheduler)
+    else:
+        folder, family, part, vae = open_pipeline(name)
+        scheduler, fill = read_json(folder / "scheduler" / "scheduler_config.json"), partial(fill_part, *part)
+        teacher = Teacher(name, folder, family, part[0], fill_part(*vae, device, dtype), scheduler)
+    teacher.fill = fill
+    if network:
+        teacher.weights = next(teacher.load_network(device).parameters())
+    return teacher
 
 
 def as_student(net: nn.Module) -> nn.Module:
@@ -2026,17 +2044,22 @@ def as_student(net: nn.Module) -> nn.Module:
     return net
 
 
-def load_student(folder_or_hub_id: str | Path, teacher: Teacher) -> nn.Module:
-    """A student from its folder, from a whole pipeline's folder, or from a Hub repository of either, where the teacher's
-    network is (on the CPU, where that has no weights). Raises BadInput."""
+def open_student(folder_or_hub_id: str | Path, teacher: Teacher) -> tuple[nn.Module, list[Path]]:
+    """load_student's network before any weight is read, as open_part has it. Raises BadInput."""
     folder = resolve(folder_or_hub_id, NETWORK)
     folder = folder / "transformer" if (folder / "transformer").is_dir() else folder
     config, expected = read_json(folder / "config.json"), teacher.dit.config
     if config.get("_class_name") != expected["_class_name"]:
         raise BadInput(f"{folder} is a {config.get('_class_name')}, and {teacher.name} a {expected['_class_name']}")
     override = {"timestep_scale": expected["timestep_scale"]} if "timestep_scale" in expected else {}
-    part, device = open_part(teacher.family.backbone, folder, **override), next(teacher.dit.parameters()).device
-    return as_student(fill_part(*part, "cpu" if device.type == "meta" else device, teacher.weights.dtype))
+    return open_part(teacher.family.backbone, folder, **override)
+
+
+def load_student(folder_or_hub_id: str | Path, teacher: Teacher) -> nn.Module:
+    """A student from its folder, from a whole pipeline's folder, or from a Hub repository of either, on the device of the
+    teacher's network. Raises BadInput."""
+    device = next(teacher.dit.parameters()).device
+    return as_student(fill_part(*open_student(folder_or_hub_id, teacher), device, teacher.weights.dtype))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -2339,6 +2362,25 @@ def first_alone(device: str) -> Iterator[int]:
                 leave()
 
 
+@contextlib.contextmanager
+def agreed(device: str) -> Iterator[None]:
+    """What each process does by itself, as BadInput may end it: where one fails all leave."""
+    failed = None
+    try:
+        yield
+    except BadInput as error:
+        failed = error
+    if processes()[1] > 1:
+        went_well = torch.tensor(float(failed is None), device=device)
+        torch.distributed.all_reduce(went_well, torch.distributed.ReduceOp.MIN)
+        if not went_well:
+            leave()
+            if failed is None:
+                raise SystemExit(2)
+    if failed:
+        raise failed
+
+
 def leave() -> None:
     """Leaves the other processes. Gloo's threads live on, since DTensor's caches keep the group, and need the interpreter
     once more to let go of their last tensors: without the wait they abort a process whose interpreter is ending."""
@@ -2480,7 +2522,7 @@ def load_state(folder: Path, settings: dict, nets: dict, optimizers: Iterable, r
         try:
             tensors = load_file(file)
         except (OSError, SafetensorError) as error:
-            raise BadInput(f"{file} can't be read ({error}): give another --out to start again") from None
+            raise OwnTrouble(f"{file} can't be read ({error}): give another --out to start again") from None
         rng.set_state(tensors.pop(":random"))
         with torch.no_grad():
             for key, x in tensors.items():
@@ -2798,7 +2840,7 @@ class Cache:
             try:
                 rows.append(load_file(file))
             except SafetensorError:
-                raise BadInput(f"{file} is damaged: remove it and start again") from None
+                raise OwnTrouble(f"{file} is damaged: remove it and start again") from None
         batch = {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
         if self.device == "cuda":  # from pinned memory the host need not wait for the copy
             batch = {name: x.pin_memory() for name, x in batch.items()}
@@ -2898,8 +2940,8 @@ def draw_losses(file: Path, log: list[dict]) -> None:
 
 
 def fail(message: object, status: int = 2) -> NoReturn:
-    """One line, of the first process alone; exit status 2 for bad input."""
-    if os.environ.get("RANK", "0") == "0":
+    """One line, of the first process alone unless the trouble is another's own; exit status 2 for bad input."""
+    if os.environ.get("RANK", "0") == "0" or isinstance(message, OwnTrouble):
         print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
     raise SystemExit(status)
 
@@ -2956,7 +2998,7 @@ def say_disk_full(error: OSError) -> NoReturn:
     """The one line of a full disk; any other error goes on."""
     if error.errno not in (errno.ENOSPC, errno.EDQUOT):
         raise error
-    fail("the disk is full: what was saved before is whole", status=1)
+    fail(OwnTrouble("the disk is full: what was saved before is whole"), status=1)
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -3018,8 +3060,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def prepare(args: argparse.Namespace, training: bool = False) -> Teacher:
-    """The teacher in the dtype asked for, once it is known to fit: its autoencoder on the device, its network on the CPU or,
-    where a student is all that is sampled, without weights. Puts into args what was left open. Raises BadInput."""
+    """The teacher in the dtype asked for, once it is known to fit: its autoencoder on the device, its network on the CPU if
+    that is to be trained, else without weights. Puts into args what was left open. Raises BadInput."""
     there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     args.device = args.device or next(device for device, present in there.items() if present)
     if not there[args.device]:
@@ -3035,9 +3077,9 @@ def prepare(args: argparse.Namespace, training: bool = False) -> Teacher:
     if args.lora and args.lora > width:
         raise BadInput(f"--lora {args.lora}: the layers of {args.teacher} are {width} wide, and ranks smaller")
     args.recompute = weigh(args, outline, dtype, training)
-    # Networks go to their device when the text encoders have left it; where processes share them, in parts.
-    needed = training or args.evaluate or not args.student
-    teacher = load_teacher(args.teacher, "cpu", dtype, args.random_weights, network=needed)
+    # Networks go to their device when the text encoders have left it: in training from the CPU, where processes share them
+    # in parts.
+    teacher = load_teacher(args.teacher, "cpu", dtype, args.random_weights, network=training)
     teacher.weights = next(teacher.vae.to(args.device).parameters())
     args.resolution = args.resolution or teacher.resolution
     if args.instruction is not None:
@@ -3050,7 +3092,7 @@ def weigh(args: argparse.Namespace, outline: Teacher, dtype: torch.dtype, traini
     Returns whether blocks must be recomputed for it to fit."""
     world = processes()[1]
     count, have = sum(p.numel() for p in outline.dit.parameters()), device_memory(args.device)
-    if args.device == "cpu":  # which the processes of one machine share
+    if args.device == "cpu" and not args.sample:  # which the processes of one machine share
         have /= int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     recompute, parts = False, {"weights": count * dtype.itemsize * (2 if args.evaluate else 1)}
     if training:
@@ -3100,12 +3142,14 @@ def sample(args: argparse.Namespace) -> None:
     make_folder(out.parent)
     teacher = prepare(args)
     shape = teacher.latent_shape(args.resolution)
-    student = load_student(args.student, teacher) if args.student else None
-    steps = args.steps or (4 if args.student else teacher.steps)
+    part = open_student(args.student, teacher) if args.student else None
+    steps = args.steps or (4 if part else teacher.steps)
     cond = teacher.encode_prompts(args.sample, args.tokens)
-    uncond = None if student else teacher.encode_prompts([""], args.tokens)
+    uncond = None if part else teacher.encode_prompts([""], args.tokens)
     teacher.forget_text()
-    (student or teacher.dit).to(args.device)
+    student = as_student(fill_part(*part, args.device, teacher.weights.dtype)) if part else None
+    if not part:
+        teacher.load_network(args.device)
     z = noise_like(torch.empty(len(args.sample), *shape, device=args.device), torch.Generator().manual_seed(args.seed))
     drawn = []
     for i in range(len(z)):
@@ -3184,7 +3228,8 @@ def train(args: argparse.Namespace) -> None:
     settings["inputs"] = hashlib.sha256(json.dumps(prompts).encode()).hexdigest()  # images come with their captions
     first, log = 0, []
     if args.resume:
-        first = load_state(out / "state", settings, *state)
+        with agreed(args.device):
+            first = load_state(out / "state", settings, *state)
         log = read_log(out / "log.jsonl", first)
 
     # What is shown of it: four prompts from the same noise, by the teacher's sampler and by the student
@@ -3229,7 +3274,7 @@ def train(args: argparse.Namespace) -> None:
     planned = args.planned * each
     options["warmup"] = (min(20_000, planned // 10), min(40_000, planned // 5))
     waiting: list[dict] = []  # measurements that are still on the device
-    hosts = torch.distributed.new_group(backend="gloo") if world > 1 else None
+    hosts = torch.distributed.new_group(timeout=timedelta(days=1), backend="gloo") if world > 1 else None
     bar = tqdm(total=total, initial=first * each, unit=" images", unit_scale=True, desc=out.name, disable=rank > 0)
     with signals() as stop, bar:
         for measured in distill(teacher.dit, student, fake, optimizers, batches(), shape, **options):
@@ -3378,10 +3423,11 @@ def evaluate(args: argparse.Namespace) -> None:
     measure = Measure(args, read_inputs(args)[0], 500)
     claim(out)
     teacher = prepare(args)
-    student = load_student(args.student, teacher)
+    part = open_student(args.student, teacher)
     prompts, (rank, world) = measure.prompts, processes()
     texts, _ = encode_once(args, teacher, out / "cache", prompts)
-    teacher.dit.to(args.device), student.to(args.device)
+    teacher.load_network(args.device)
+    student = as_student(fill_part(*part, args.device, teacher.weights.dtype))
     measure.open(teacher, texts)
     samplers = {("teacher", teacher.steps): measure.own_sampler}
     samplers |= {("student", n): few_step(student, n, args.noise) for n in sorted({1, 2, 4, args.steps or 4})}

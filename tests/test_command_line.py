@@ -455,30 +455,17 @@ def test_teacher_and_student_sample_in_their_own_ways(pipeline, run, monkeypatch
 
 
 @pytest.mark.parametrize("who", ["teacher", "student"])
-def test_one_network_is_loaded_to_sample_and_moves_when_text_encoders_have_left(
+def test_to_sample_one_network_is_loaded_when_the_text_encoders_have_left(
     pipeline, student, run, monkeypatch, tmp_path, who
 ):
     """So that a student can be sampled where it could be trained."""
-    filled, moved, forgotten = [], [], []
-    fill, to, forget = sid_fm.fill_part, sid_fm.nn.Module.to, sid_fm.Teacher.forget_text
+    filled, forgotten, fill, forget = [], [], sid_fm.fill_part, sid_fm.Teacher.forget_text
     monkeypatch.setattr(sid_fm, "fill_part", lambda net, *rest: filled.append(type(net)) or fill(net, *rest))
-    monkeypatch.setattr(sid_fm.Teacher, "forget_text", lambda self: forgotten.append(len(moved)) or forget(self))
-    monkeypatch.setattr(sid_fm.nn.Module, "to", lambda net, *where: moved.append(type(net)) or to(net, *where))
+    monkeypatch.setattr(sid_fm.Teacher, "forget_text", lambda self: forgotten.append(len(filled)) or forget(self))
     of = ["--student", student] if who == "student" else []
-    run(
-        pipeline("sd3-medium"),
-        *of,
-        "--sample",
-        "a fox",
-        "--steps",
-        1,
-        "--resolution",
-        32,
-        "--out",
-        tmp_path / "fox.png",
-    )
-    assert filled.count(sid_fm.MMDiT) == 1 and (tmp_path / "fox.png").exists()
-    assert sid_fm.MMDiT not in moved[: forgotten[0]] and sid_fm.MMDiT in moved[forgotten[0] :]
+    arguments = ("--sample", "a fox", "--steps", 1, "--resolution", 32, "--out", tmp_path / "fox.png")
+    run(pipeline("sd3-medium"), *of, *arguments)
+    assert filled == [sid_fm.AutoencoderKL, sid_fm.MMDiT] and forgotten == [1] and (tmp_path / "fox.png").exists()
 
 
 def test_a_prompt_with_dollars_is_no_formula(tmp_path):

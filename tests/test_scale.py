@@ -670,6 +670,9 @@ def test_torchrun_that_is_stopped_saves_at_once_and_resumes_to_the_same_numbers(
         assert done.returncode == 0, done.stderr[-2000:]
     logs = [(tmp_path / name / "log.jsonl").read_text() for name in ("stopped", "whole")]
     assert logs[0] == logs[1] and len(logs[0].splitlines()) == 12
+    (tmp_path / "whole" / "state" / "0000012" / "1-student.safetensors").write_bytes(b"no weights")
+    bad = start(SCRIPT, *command("whole", "--resume"))  # of the second process alone
+    assert bad.returncode and bad.stderr.count("can't be read") == 1 and "[rank" not in bad.stderr, bad.stderr
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "0.png").write_bytes(b"no image")
     (tmp_path / "data" / "0.txt").write_text("a fox")
