@@ -576,6 +576,28 @@ def check_gradients(rng: torch.Generator) -> Iterator[Check]:
         yield Check(claim, angle(L[1], g["true"]), 90, "alpha = 1 points downhill")
 
 
+def at_rest(data: Mixture, theta: Tensor, alpha: float, nodes: int = 64) -> Tensor:
+    """Where the gradient of L_alpha, psi held at psi*, is zero: Newton's method from theta. (m, s)"""
+
+    def gradient(theta: Tensor) -> Tensor:
+        g = gradients(data, theta, nodes)
+        return g["path_2"] - alpha * g["path_1"]
+
+    for _ in range(8):
+        steps = 1e-4 * torch.eye(2)
+        slopes = torch.stack([(gradient(theta + h) - gradient(theta - h)) / 2e-4 for h in steps], 1)
+        theta = theta - torch.linalg.solve(slopes, gradient(theta))
+    return theta
+
+
+def check_rest(data: Mixture, theta: Tensor, claim: str) -> Check:
+    """How far alpha = 1 rests from L's minimum, where alpha = 1/2 does."""
+    fine, coarse = ([at_rest(data, theta, alpha, nodes) for alpha in (0.5, 1.0)] for nodes in (64, 48))
+    tolerance = largest(torch.stack(fine) - torch.stack(coarse)) + 64**2 * EPS
+    claim = f"{claim}: s = {float(fine[1][1]):.3f}, not {float(fine[0][1]):.3f}"
+    return Check(claim, float((fine[1] - fine[0]).norm()), tolerance, QUADRATURE, beyond=True)
+
+
 PLANE = np.linspace(-2.5, 2.5, 21), np.linspace(0.1, 1.6, 16)  # generators m + s z: m, s
 
 
@@ -626,6 +648,9 @@ def check_downhill(rng: torch.Generator) -> Iterator[Check]:
         yield Check(claim, float(one.max()), 90, "downhill")
         claim = f"   alpha = 0 at most {float(none.max()):.1f}; L1 alone leads uphill at "
         yield Check(f"{claim}{float((naive > 90).double().mean()):.0%} of them", float(none.max()), 90, "downhill")
+    # But L_alpha's gradient is half of L's and (1/2 - alpha) of L1's, and that vanishes only where f_phi = f_psi*.
+    claim = "data that can't be drawn: alpha = 1 rests beside L's minimum"
+    yield check_rest(ON_A_LINE["mixture data"]()[0], torch.tensor([0.57, 0.9]), claim)
 
 
 def check_sid_loss(rng: torch.Generator) -> Iterator[Check]:
@@ -672,20 +697,30 @@ def check_sid_loss(rng: torch.Generator) -> Iterator[Check]:
     yield Check("   something flows through their inputs", share, 0.01, "share of the gradient", beyond=True)
 
 
+class Guided:
+    """In the place of a Mixture, what guidance by 2.5 from N(0, 1) to N(0, 1/4) makes of their posterior means."""
+
+    def __init__(self):
+        self.parts = [Mixture(torch.zeros(1, 1), sigma) for sigma in (0.5, 1.0)]
+
+    def net(self, x_t: Tensor, t: Tensor, cond: dict) -> Tensor:
+        narrow, wide = (part.predict(x_t, t) for part in self.parts)
+        return torch.where(cond["narrow"][:, None], narrow, wide)
+
+    def posterior_mean(self, x_t: Tensor, t: Tensor) -> Tensor:
+        cond, uncond = {"narrow": torch.ones(len(t), dtype=torch.bool)}, {"narrow": torch.zeros(1, dtype=torch.bool)}
+        v, _ = sid_fm.guided(self.net, x_t, t, cond, uncond, guidance=2.5)
+        return convert(v, x_t, t, "rf", "v", "x0")
+
+
 def check_guidance(rng: torch.Generator) -> Iterator[Check]:
     """A guided score is a straight line here, -x_t / variance, but of a variance that no diffused distribution has."""
-    narrow, wide = (Mixture(torch.zeros(1, 1), sigma) for sigma in (0.5, 1.0))
-
-    def net(x_t: Tensor, t: Tensor, cond: dict) -> Tensor:
-        return torch.where(cond["narrow"][:, None], narrow.predict(x_t, t), wide.predict(x_t, t))
-
     x_t, t = torch.ones(1, 1), torch.full((1,), 0.5)
-    cond, uncond = ({"narrow": torch.tensor([flag])} for flag in (True, False))
-    v, _ = sid_fm.guided(net, x_t, t, cond, uncond, guidance=2.5)
-    variance = float(-1 / convert(v, x_t, t, "rf", "v", "score"))
+    variance = float(-1 / convert(Guided().posterior_mean(x_t, t), x_t, t, "rf", "x0", "score"))
     claim = "guided by 2.5 from N(0, 1) to N(0, 1/4), the score at t = 1/2 is that of variance 1/5"
     yield Check(claim, abs(variance - 0.2), 64 * EPS, "64 roundings")
     yield Check("   which is less than the noise has alone", variance, 0.5**2, "t^2")
+    yield check_rest(Guided(), torch.tensor([0.0, 0.13]), "   so that alpha = 1 rests beside L's minimum")
 
 
 def check_generate(rng: torch.Generator) -> Iterator[Check]:
