@@ -1976,7 +1976,7 @@ def open_pipeline(name_or_path: str | Path) -> tuple[Path, Family, tuple, tuple]
     """A pipeline's folder, its family, its network and its autoencoder, which are open_part's. Raises BadInput."""
     folder = resolve(name_or_path)
     index = read_json(folder / "model_index.json")
-    pipeline = index.get("_class_name")
+    pipeline = index.get("_class_name", "pipeline without a name")
     if pipeline not in PIPELINES:
         raise BadInput(f"{folder} is a {pipeline}; the pipelines known here are {', '.join(PIPELINES)}")
     for part in (key for key, entry in index.items() if isinstance(entry, list) and entry[0]):
