@@ -2044,22 +2044,23 @@ def as_student(net: nn.Module) -> nn.Module:
     return net
 
 
-def open_student(folder_or_hub_id: str | Path, teacher: Teacher) -> tuple[nn.Module, list[Path]]:
-    """load_student's network before any weight is read, as open_part has it. Raises BadInput."""
+def open_student(folder_or_hub_id: str | Path, teacher: Teacher) -> Callable[[str], nn.Module]:
+    """load_student in two steps: what can't be is refused before any weight is read, and what this returns loads the
+    student to a device. Raises BadInput."""
     folder = resolve(folder_or_hub_id, NETWORK)
     folder = folder / "transformer" if (folder / "transformer").is_dir() else folder
     config, expected = read_json(folder / "config.json"), teacher.dit.config
     if config.get("_class_name") != expected["_class_name"]:
         raise BadInput(f"{folder} is a {config.get('_class_name')}, and {teacher.name} a {expected['_class_name']}")
     override = {"timestep_scale": expected["timestep_scale"]} if "timestep_scale" in expected else {}
-    return open_part(teacher.family.backbone, folder, **override)
+    part = open_part(teacher.family.backbone, folder, **override)
+    return lambda device: as_student(fill_part(*part, device, teacher.weights.dtype))
 
 
 def load_student(folder_or_hub_id: str | Path, teacher: Teacher) -> nn.Module:
     """A student from its folder, from a whole pipeline's folder, or from a Hub repository of either, on the device of the
     teacher's network. Raises BadInput."""
-    device = next(teacher.dit.parameters()).device
-    return as_student(fill_part(*open_student(folder_or_hub_id, teacher), device, teacher.weights.dtype))
+    return open_student(folder_or_hub_id, teacher)(next(teacher.dit.parameters()).device)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -3048,9 +3049,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
     args = parser.parse_args(argv)
     args.words = sys.argv[1:] if argv is None else argv
-    if any(
-        "\udc80" <= letter <= "\udcff" for word in args.words for letter in str(word)
-    ):  # bytes, as Python keeps them
+    try:
+        " ".join(map(str, args.words)).encode()
+    except UnicodeEncodeError:
         fail("an argument is not UTF-8")
     if args.evaluate and not args.student:
         fail("--evaluate measures a student: give --student FOLDER")
@@ -3142,21 +3143,19 @@ def sample(args: argparse.Namespace) -> None:
     make_folder(out.parent)
     teacher = prepare(args)
     shape = teacher.latent_shape(args.resolution)
-    part = open_student(args.student, teacher) if args.student else None
-    steps = args.steps or (4 if part else teacher.steps)
+    load = open_student(args.student, teacher) if args.student else teacher.load_network
+    steps = args.steps or (4 if args.student else teacher.steps)
     cond = teacher.encode_prompts(args.sample, args.tokens)
-    uncond = None if part else teacher.encode_prompts([""], args.tokens)
+    uncond = None if args.student else teacher.encode_prompts([""], args.tokens)
     teacher.forget_text()
-    student = as_student(fill_part(*part, args.device, teacher.weights.dtype)) if part else None
-    if not part:
-        teacher.load_network(args.device)
+    net = load(args.device)
     z = noise_like(torch.empty(len(args.sample), *shape, device=args.device), torch.Generator().manual_seed(args.seed))
     drawn = []
     for i in range(len(z)):
         rng = torch.Generator().manual_seed(args.seed + 1)
         z_i, one = z[i : i + 1], {key: value[i : i + 1] for key, value in cond.items()}
-        if student:
-            x = generate(student, z_i, one, steps, args.noise, rng=rng)
+        if args.student:
+            x = generate(net, z_i, one, steps, args.noise, rng=rng)
         else:
             x = teacher.sample(z_i, one, uncond, steps, args.guidance, rng)
         drawn += [*to_pixels(teacher.decode(x))]
@@ -3167,7 +3166,7 @@ def sample(args: argparse.Namespace) -> None:
         write(file, partial(image.save, format="PNG"))
         print(file)
     if len(z) > 1:
-        name = f"{'student' if student else 'teacher'}, {steps} steps{', random weights' * args.random_weights}"
+        name = f"{'student' if args.student else 'teacher'}, {steps} steps{', random weights' * args.random_weights}"
         draw_samples(out, {name: drawn}, args.sample)
         print(out)
 
@@ -3423,11 +3422,11 @@ def evaluate(args: argparse.Namespace) -> None:
     measure = Measure(args, read_inputs(args)[0], 500)
     claim(out)
     teacher = prepare(args)
-    part = open_student(args.student, teacher)
+    load = open_student(args.student, teacher)
     prompts, (rank, world) = measure.prompts, processes()
     texts, _ = encode_once(args, teacher, out / "cache", prompts)
     teacher.load_network(args.device)
-    student = as_student(fill_part(*part, args.device, teacher.weights.dtype))
+    student = load(args.device)
     measure.open(teacher, texts)
     samplers = {("teacher", teacher.steps): measure.own_sampler}
     samplers |= {("student", n): few_step(student, n, args.noise) for n in sorted({1, 2, 4, args.steps or 4})}
