@@ -13,6 +13,7 @@ import argparse
 import copy
 import json
 import math
+import threading
 import time
 import warnings
 from collections.abc import Callable
@@ -502,6 +503,9 @@ def running_mean(average: nn.Module, net: nn.Module, decay: float) -> None:
     update([*average.parameters()], [*net.parameters()], None)
 
 
+MAKING = threading.Lock()  # adapters are drawn from torch's own generator, which all threads share
+
+
 class Distilled(NamedTuple):
     student: nn.Module  # the running mean of its weights
     fake: nn.Module
@@ -523,9 +527,11 @@ def distil(
     """One run of sid_fm.distill: data-free, or, from where `start` ended, data-aided; lora: the adapters' rank, if any."""
     make = partial(sid_fm.adapt, rank=lora) if lora else copy.deepcopy
     teacher = copy.deepcopy(teacher)
-    student, fake = (
-        (copy.deepcopy(start.student), copy.deepcopy(start.fake)) if start else (make(teacher), make(teacher))
-    )
+    with MAKING:
+        torch.manual_seed(seed)
+        student, fake = (
+            (copy.deepcopy(start.student), copy.deepcopy(start.fake)) if start else (make(teacher), make(teacher))
+        )
     average, steps, batch, device = copy.deepcopy(student), options["steps"], preset.batch, autoencoder.device
     rates = DATA_AIDED if start else ONE_STEP if steps == 1 else FEW_STEPS
     nets = teacher, student, fake
@@ -823,9 +829,8 @@ def main() -> None:
     try:
         if args.device == "cuda" and not torch.cuda.is_available():
             raise sid_fm.BadInput("this machine has no GPU that torch can use: give --device cpu or another --preset")
-        width = PRESETS[args.preset].heads * PRESETS[args.preset].head_dim
-        if args.lora and args.lora > width:
-            raise sid_fm.BadInput(f"--lora {args.lora}: the layers are {width} wide, and ranks smaller")
+        if args.lora:  # a rank that is too large is refused before the teacher is trained
+            sid_fm.adapt(build(args.arch, args.seed, PRESETS[args.preset]), args.lora)
         sid_fm.claim(args.out)
         run(args)
     except sid_fm.BadInput as error:

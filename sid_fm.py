@@ -2075,10 +2075,13 @@ def blocks_of(net: nn.Module) -> list[nn.Module]:
 
 class AdaptedLinear(nn.Module):
     """y = W x + b + B A x: a linear layer that is shared and frozen, and a low-rank adapter (arXiv 2106.09685) of float32
-    on it. B starts at zero, so the adapted layer starts as the shared one."""
+    on it. B starts at zero, so the adapted layer starts as the shared one. Raises BadInput for a rank above its width."""
 
     def __init__(self, shared: Linear, rank: int):
         super().__init__()
+        width = min(shared.in_features, shared.out_features)
+        if rank > width:
+            raise BadInput(f"--lora {rank}: a layer is {width} wide, and the rank at most that")
         self.weight, self.bias = shared.weight, shared.bias
         options = {"device": shared.weight.device, "dtype": torch.promote_types(shared.weight.dtype, torch.float32)}
         self.lora_A = Linear(shared.in_features, rank, bias=False, **options)
@@ -2344,42 +2347,20 @@ def join(device: str) -> None:
 
 
 @contextlib.contextmanager
-def first_alone(device: str) -> Iterator[int]:
-    """The first process goes through this alone, then the others, who leave if it failed: it says why. Yields the rank."""
-    rank, world = processes()
-    went_well = torch.zeros((), device=device)
-    if rank > 0:
-        torch.distributed.broadcast(went_well, 0)
-        if not went_well:
-            leave()
-            raise SystemExit(2)
-    try:
-        yield rank
-        went_well += 1
-    finally:
-        if rank == 0 and world > 1:
-            torch.distributed.broadcast(went_well, 0)
-            if not went_well:
-                leave()
-
-
-@contextlib.contextmanager
 def agreed(device: str) -> Iterator[None]:
-    """What each process does by itself, as BadInput may end it: where one fails all leave."""
-    failed = None
+    """What each process does by itself: where it fails in one all leave, and that one says why."""
+    went_well = torch.zeros((), device=device)
     try:
         yield
-    except BadInput as error:
-        failed = error
-    if processes()[1] > 1:
-        went_well = torch.tensor(float(failed is None), device=device)
-        torch.distributed.all_reduce(went_well, torch.distributed.ReduceOp.MIN)
-        if not went_well:
-            leave()
-            if failed is None:
-                raise SystemExit(2)
-    if failed:
-        raise failed
+        went_well += 1
+    finally:
+        if processes()[1] > 1:
+            failed = not went_well
+            torch.distributed.all_reduce(went_well, torch.distributed.ReduceOp.MIN)
+            if not went_well:
+                leave()
+                if not failed:
+                    raise SystemExit(2)
 
 
 def leave() -> None:
@@ -2864,11 +2845,14 @@ def encode_once(
     def encode_images(some: list[tuple[Path, int]]) -> dict[str, Tensor]:
         return {"x_0": teacher.encode(torch.stack([read_image(file, args.resolution) for file, _ in some]))}
 
-    with first_alone(args.device) as rank:
-        pictures = Cache(folder / "images", images, encode_images, [*key, args.resolution], args.device)
-        with warnings.catch_warnings(record=True) as caught:
-            key += [args.tokens, teacher.instruction]
-            texts = Cache(folder / "prompts", ["", *prompts], encode_texts, key, args.device)
+    rank, _ = processes()
+    for turn in (rank == 0, rank > 0):
+        with agreed(args.device):
+            if turn:
+                pictures = Cache(folder / "images", images, encode_images, [*key, args.resolution], args.device)
+                with warnings.catch_warnings(record=True) as caught:
+                    key += [args.tokens, teacher.instruction]
+                    texts = Cache(folder / "prompts", ["", *prompts], encode_texts, key, args.device)
     teacher.forget_text()
     if caught and rank == 0:  # not one warning for every few prompts
         more = f" (and {len(caught) - 1} more such warnings)" if caught[1:] else ""
@@ -3074,9 +3058,6 @@ def prepare(args: argparse.Namespace, training: bool = False) -> Teacher:
     outline = describe(args.teacher, args.random_weights)
     if args.guidance is None:
         args.guidance = 1.0 if outline.dit.config.get("guidance_embeds") else 4.5
-    width = outline.dit.config["num_attention_heads"] * outline.dit.config["attention_head_dim"]
-    if args.lora and args.lora > width:
-        raise BadInput(f"--lora {args.lora}: the layers of {args.teacher} are {width} wide, and ranks smaller")
     args.recompute = weigh(args, outline, dtype, training)
     # Networks go to their device when the text encoders have left it: in training from the CPU, where processes share them
     # in parts.

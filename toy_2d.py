@@ -931,9 +931,9 @@ def draw_alpha(out: Path) -> None:
         axis = axes[panel]
         image = axis.pcolormesh(*PLANE, degrees[key].T, cmap="RdBu_r", vmin=0, vmax=180, shading="nearest")
         axis.plot(m, s, "o", color=INK, markersize=5, markerfacecolor="none")
-        axis.set(
-            xlabel="m", ylabel="s" if panel == "0" else "", title=f"{label}: at most {float(degrees[key].max()):.0f}°"
-        )
+        title = f"{label}: at most {float(degrees[key].max()):.0f}° on the grid"
+        axis.set(xlabel="m", ylabel="s" if panel == "0" else "")
+        axis.set_title(title, fontsize=10.5)
         axis.grid(visible=False)
     bar = figure.colorbar(image, ax=[axes[panel] for panel in "012"], ticks=[0, 45, 90, 135, 180])
     bar.set_label("degrees to the true gradient")

@@ -734,7 +734,7 @@ def test_bad_data(pipeline, files, refused, tmp_path, kind):
         ("sana", "--dtype fp8", "--dtype"),
         ("sana", "--device tpu", "--device"),
         ("sana", "--frobnicate", "--frobnicate"),
-        ("sana", "--lora 100000", "layers"),
+        ("sana", "--lora 100000", "wide"),
         ("sana", "--random-weights", "random weights need one of the names"),
         ("sana", "--student nowhere", "nowhere"),
     ],

@@ -263,7 +263,7 @@ def test_a_machine_without_a_gpu_is_one_line(options, monkeypatch, tmp_path, cap
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("wrong", [("--arch", "unet"), ("--steps", "0"), ("--samples", "1")])
+@pytest.mark.parametrize("wrong", [("--arch", "unet"), ("--steps", "0"), ("--samples", "1"), ("--lora", "1000")])
 def test_bad_input_is_one_line(wrong, monkeypatch, tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
         main(monkeypatch, "--out", tmp_path / "out", *wrong)
@@ -277,6 +277,16 @@ def random_network():
         for w in net.parameters():
             w.copy_(0.1 * torch.randn(w.shape, generator=rng(w.numel())))
     return net
+
+
+def test_the_seed_fixes_adapters_whatever_else_is_drawn():
+    net, preset, students = random_network(), dit_tiny.LAPTOP._replace(batch=4), []
+    for _ in range(2):
+        torch.rand(7)
+        ended = dit_tiny.distil(net, dit_tiny.Autoencoder(), 3, 0, lambda _: None, lora=2, preset=preset, steps=2)
+        students.append(ended.student.state_dict())
+    assert any("lora_A" in key for key in students[0])
+    assert all(torch.equal(x, students[1][key]) for key, x in students[0].items())
 
 
 class FakeGraph(TorchDispatchMode):
@@ -363,7 +373,6 @@ def test_a_full_disk_is_one_line(monkeypatch, capsys, tmp_path):
 
     monkeypatch.setattr(sys, "argv", ["dit_tiny.py", "--quick", "--out", str(tmp_path)])
     monkeypatch.setattr(dit_tiny, "run", full)
-
     with pytest.raises(SystemExit) as error:
         dit_tiny.main()
     assert error.value.code == 1 and "the disk is full" in capsys.readouterr().err
