@@ -626,49 +626,66 @@ def sinusoidal(t: Tensor) -> Tensor:
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
 
-def cast_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """x W^T + b in the dtype of x."""
-    return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+def suits_onednn(x: Tensor, weight: Tensor) -> bool:
+    """Whether oneDNN is to multiply: in float32 on a CPU, where rows, inputs and outputs are 128 or more (with fewer, the
+    call costs what it gains). Torch takes MKL there, for which AMD's CPUs need twice the time."""
+    if x.device.type != "cpu" or x.dtype != torch.float32 or torch.compiler.is_compiling():
+        return False
+    return min(x.numel() // max(x.shape[-1], 1), *weight.shape) >= 128 and torch.backends.mkldnn.is_available()
 
 
-class CastLinear(torch.autograd.Function):
-    """cast_linear where W and b are wider than x. Autograd would keep a cast W until the backward, and so a copy of a whole
-    network; this casts it again."""
+def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x W^T + b in the dtype of x. [..., D], [E, D], [E] -> [..., E]"""
+    weight, bias = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
+    if suits_onednn(x, weight):
+        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    return F.linear(x, weight, bias)
+
+
+class Product(torch.autograd.Function):
+    """product, its gradients as products too. Autograd would keep a weight that was cast until the backward, and so a copy
+    of a whole network; this casts it again."""
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight)
-        return cast_linear(x, weight, bias)
+        return product(x, weight, bias)
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         rows, (for_x, for_weight, for_bias) = grad.flatten(0, -2), ctx.needs_input_grad
         grad_weight = None
-        if for_weight and grad.is_cuda:  # written in float32, as it is summed
+        if for_weight and grad.is_cuda and grad.dtype != weight.dtype:  # written in float32, as it is summed
             grad_weight = torch.mm(rows.T, x.flatten(0, -2), out_dtype=weight.dtype)
         elif for_weight:
-            grad_weight = (rows.T @ x.flatten(0, -2)).to(weight.dtype)
+            grad_weight = linear(rows.T, x.flatten(0, -2).T).to(weight.dtype)
         return (
-            grad @ weight.to(grad.dtype) if for_x else None,
+            linear(grad, weight.T) if for_x else None,
             grad_weight,
             rows.sum(0, dtype=weight.dtype) if for_bias else None,
         )
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """product, with the gradients of Product where torch's own would not do."""
+    own_gradient = torch.is_grad_enabled() and (x.dtype != weight.dtype or suits_onednn(x, weight))
+    return (Product.apply if own_gradient else product)(x, weight, bias)
 
 
 class Linear(nn.Linear):
     """x W^T + b in the dtype of x."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.dtype != self.weight.dtype and torch.is_grad_enabled():
-            return CastLinear.apply(x, self.weight, self.bias)
-        return cast_linear(x, self.weight, self.bias)
+        return linear(x, self.weight, self.bias)
 
 
 class Conv2d(nn.Conv2d):
-    """A convolution in the dtype of x."""
+    """A convolution in the dtype of x. [B, C, h, w]"""
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.kernel_size == (1, 1):  # a product; where the image was tokens, a pixel's channels lie side by side
+            return linear(x.movedim(1, -1), self.weight.flatten(1), self.bias).movedim(-1, 1)
         bias = None if self.bias is None else self.bias.to(x.dtype)
         return F.conv2d(x, self.weight.to(x.dtype), bias, self.stride, self.padding, self.dilation, self.groups)
 
@@ -2089,7 +2106,7 @@ class AdaptedLinear(nn.Module):
         nn.init.zeros_(self.lora_B.weight)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight, self.bias) + self.lora_B(self.lora_A(x))
+        return linear(x, self.weight, self.bias) + self.lora_B(self.lora_A(x))
 
 
 def adapt(net: nn.Module, rank: int) -> nn.Module:
@@ -3018,7 +3035,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--weight", choices=WEIGHTS, default="1-t", help="w(t) of the SiD or DMD loss (%(default)s)")
     add("--noise", choices=NOISES, default="fresh", help="between the student's steps (%(default)s)")
     add("--save-every", type=count, default=250, metavar="N", help="iterations between saves (%(default)s)")
-    add("--compile", action="store_true", help="with torch.compile: minutes at the start for faster iterations")
+    add(
+        "--compile", action="store_true", help="with torch.compile: minutes at the start for faster iterations on a GPU"
+    )
     add("--resume", action="store_true", help="go on where the run in --out was")
     add("--evaluate-every", type=count, metavar="N", help="measure the student every N iterations, keep the best")
 
