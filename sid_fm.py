@@ -628,16 +628,19 @@ def sinusoidal(t: Tensor) -> Tensor:
 
 def suits_onednn(x: Tensor, weight: Tensor) -> bool:
     """Whether oneDNN is to multiply: in float32 on a CPU, where rows, inputs and outputs are 128 or more (with fewer, the
-    call costs what it gains). Torch takes MKL there, for which AMD's CPUs need twice the time."""
+    call costs about what it gains). On x86 torch takes MKL, for which AMD's CPUs need twice the time. Off where
+    torch.backends.mkldnn is."""
     if x.device.type != "cpu" or x.dtype != torch.float32 or torch.compiler.is_compiling():
         return False
-    return min(x.numel() // max(x.shape[-1], 1), *weight.shape) >= 128 and torch.backends.mkldnn.is_available()
+    large = min(x.numel() // max(x.shape[-1], 1), *weight.shape) >= 128
+    return large and torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled
 
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """x W^T + b in the dtype of x. [..., D], [E, D], [E] -> [..., E]"""
     weight, bias = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
     if suits_onednn(x, weight):
+        bias = None if bias is None else bias.contiguous()  # its strides would be ignored
         return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
     return F.linear(x, weight, bias)
 
@@ -681,7 +684,7 @@ class Linear(nn.Linear):
 
 
 class Conv2d(nn.Conv2d):
-    """A convolution in the dtype of x. [B, C, h, w]"""
+    """A convolution in the dtype of x. [B, C, h, w]. One of 1 x 1 has stride 1, no padding and one group."""
 
     def forward(self, x: Tensor) -> Tensor:
         if self.kernel_size == (1, 1):  # a product; where the image was tokens, a pixel's channels lie side by side
@@ -2310,7 +2313,9 @@ def memory_needed(
         net = build(teacher.family.backbone, config)
         size = sum(p.numel() for p in net.parameters())
         count = sum(p.numel() for p in trained(adapt(net, rank) if rank else net))
-    if rank or world > 1:  # frozen weights, and what FSDP2 gathers, are in dtype; else convolutions keep cast copies
+    if (
+        rank or world > 1
+    ):  # frozen weights, and what FSDP2 gathers, are in dtype; else convolutions of more than 1 x 1 keep cast copies
         net.to(dtype)
     compute_in(net, dtype)
     width = config.get("joint_attention_dim") or config["caption_channels"]
