@@ -659,7 +659,7 @@ class Product(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         rows, (for_x, for_weight, for_bias) = grad.flatten(0, -2), ctx.needs_input_grad
         grad_weight = None
-        if for_weight and grad.is_cuda and grad.dtype != weight.dtype:  # written in float32, as it is summed
+        if for_weight and grad.is_cuda:  # written in float32, as it is summed
             grad_weight = torch.mm(rows.T, x.flatten(0, -2), out_dtype=weight.dtype)
         elif for_weight:
             grad_weight = linear(rows.T, x.flatten(0, -2).T).to(weight.dtype)
@@ -2040,13 +2040,9 @@ def load_teacher(
     name = str(name_or_path)
     if random_weights:
         outline = describe(name, random_weights)
-        dit, scheduler, fill = (
-            outline.dit,
-            outline.scheduler,
-            partial(random_part, type(outline.dit), outline.dit.config),
-        )
+        fill = partial(random_part, type(outline.dit), outline.dit.config)
         vae = random_part(type(outline.vae), outline.vae.config, device, dtype)
-        teacher = Teacher(name, None, outline.family, dit, vae, scheduler)
+        teacher = Teacher(name, None, outline.family, outline.dit, vae, outline.scheduler)
     else:
         folder, family, part, vae = open_pipeline(name)
         scheduler, fill = read_json(folder / "scheduler" / "scheduler_config.json"), partial(fill_part, *part)
@@ -2313,9 +2309,8 @@ def memory_needed(
         net = build(teacher.family.backbone, config)
         size = sum(p.numel() for p in net.parameters())
         count = sum(p.numel() for p in trained(adapt(net, rank) if rank else net))
-    if (
-        rank or world > 1
-    ):  # frozen weights, and what FSDP2 gathers, are in dtype; else convolutions of more than 1 x 1 keep cast copies
+    # Frozen weights, and what FSDP2 gathers, are in dtype; else convolutions of more than 1 x 1 keep cast copies.
+    if rank or world > 1:
         net.to(dtype)
     compute_in(net, dtype)
     width = config.get("joint_attention_dim") or config["caption_channels"]
@@ -3040,9 +3035,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--weight", choices=WEIGHTS, default="1-t", help="w(t) of the SiD or DMD loss (%(default)s)")
     add("--noise", choices=NOISES, default="fresh", help="between the student's steps (%(default)s)")
     add("--save-every", type=count, default=250, metavar="N", help="iterations between saves (%(default)s)")
-    add(
-        "--compile", action="store_true", help="with torch.compile: minutes at the start for faster iterations on a GPU"
-    )
+    add("--compile", action="store_true", help="torch.compile: minutes at the start, on a GPU faster iterations")
     add("--resume", action="store_true", help="go on where the run in --out was")
     add("--evaluate-every", type=count, metavar="N", help="measure the student every N iterations, keep the best")
 
