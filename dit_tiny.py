@@ -27,7 +27,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import sid_fm
-from sid_fm import add_noise, draw_times, fail, flow_matching_loss, noise_like, number, write_json
+from sid_fm import (
+    add_noise,
+    fail,
+    finite_number,
+    flow_matching_loss,
+    noise_like,
+    positive_integer,
+    sample_times,
+    whole_number,
+    write_json,
+)
 from toy_2d import BLUE, GREY, INK, RED, TITLES, cosine, few_step, plot_decay, plural, save, workers
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -463,7 +473,7 @@ def train_teacher(
     schedule = cosine(optimizer, iters)
 
     def iteration(cond: dict, x_0: Tensor) -> dict[str, Tensor]:
-        e, t = noise_like(x_0, noise), draw_times(batch, (math.log(autoencoder.shift), 1.0), rng=noise)
+        e, t = noise_like(x_0, noise), sample_times(batch, (math.log(autoencoder.shift), 1.0), rng=noise)
 
         def gradients(part: slice) -> tuple[Tensor, tuple[Tensor, ...]]:
             some = {key: value[part] for key, value in cond.items()}
@@ -556,7 +566,7 @@ def distil(
         scenes, images = draw_scenes(batch, data), i * batch
         cond = {key: on_device(value, device) for key, value in encode_text(captions(scenes)).items()}
         real = autoencoder.of(scenes) if start else None
-        measured = step((sid_fm.draw_k(steps, i, rng), images >= wait, images >= alone), cond, real)
+        measured = step((sid_fm.sample_k(steps, i, rng), images >= wait, images >= alone), cond, real)
         schedules[1].step()
         if images >= wait:
             schedules[0].step()
@@ -800,22 +810,22 @@ def parse() -> argparse.Namespace:
     parser.error = fail
     add = parser.add_argument
     add("--arch", choices=NETWORKS, default="mmdit", help="the network (%(default)s)")
-    add("--steps", type=number(int, 1), default=4, help="K of the few-step student (%(default)s)")
+    add("--steps", type=positive_integer, default=4, help="K of the few-step student (%(default)s)")
     add("--loss", choices=sid_fm.LOSSES, default="sid", help="of the students (%(default)s)")
-    add("--alpha", type=number(float), default=1.0, help="of the SiD loss (%(default)s)")
+    add("--alpha", type=finite_number, default=1.0, help="of the SiD loss (%(default)s)")
     # Between velocities, as flow matching is. The authors' 1 - t hardly sees the noise that a student leaves in.
     add("--weight", choices=sid_fm.WEIGHTS, default="1/t^2", help="w(t) of the SiD or DMD loss (%(default)s)")
     add("--noise", choices=sid_fm.NOISES, default="fresh", help="between the student's steps (%(default)s)")
-    add("--guidance", type=number(float), default=1.0, help="of the teacher, and in distillation (%(default)s)")
-    add("--lora", type=number(int, 1), metavar="RANK", help="students as low-rank adapters on the teacher")
+    add("--guidance", type=finite_number, default=1.0, help="of the teacher, and in distillation (%(default)s)")
+    add("--lora", type=positive_integer, metavar="RANK", help="students as low-rank adapters on the teacher")
     one_of = parser.add_mutually_exclusive_group().add_argument
     one_of("--preset", choices=PRESETS, default="laptop", help="pictures, network and length (%(default)s)")
     one_of("--quick", dest="preset", action="store_const", const="quick", help="a short run: --preset quick")
     add("--device", choices=("cpu", "cuda"), help="where networks live (cpu; with --preset gpu cuda)")
-    add("--teacher-iters", type=number(int, 1), help="of the teacher's training (4500; quick 900, gpu 4000)")
-    add("--iters", type=number(int, 3), help="of distillation (1800; quick 150, gpu 1500)")
-    add("--samples", type=number(int, 100), help="a row of the table (4000; quick 200)")
-    add("--seed", type=number(int, 0), default=0, help="fixes everything (%(default)s)")
+    add("--teacher-iters", type=positive_integer, help="of the teacher's training (4500; quick 900, gpu 4000)")
+    add("--iters", type=positive_integer, help="of distillation (1800; quick 150, gpu 1500)")
+    add("--samples", type=positive_integer, help="a row of the table (4000; quick 200)")
+    add("--seed", type=whole_number, default=0, help="fixes everything (%(default)s)")
     add("--out", type=Path, default=Path("runs/dit_tiny"), help="folder of weights and figures (%(default)s)")
     args = parser.parse_args()
     args.device = args.device or ("cuda" if args.preset == "gpu" else "cpu")

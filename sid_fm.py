@@ -44,7 +44,7 @@ import textwrap
 import time
 import warnings
 import zlib
-from collections import OrderedDict
+from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import timedelta
 from functools import cached_property, lru_cache, partial
@@ -59,27 +59,27 @@ from tqdm import tqdm
 # ----------------------------------------------------------------------------------------------------------------------
 # 1. Paths: Gaussian diffusion and flow matching are one model (paper, section 2)
 # ----------------------------------------------------------------------------------------------------------------------
-# All that is used: x_t is Gaussian given x_0, and a squared error is minimised by a conditional expectation. No ODE or
-# SDE is needed. Then whatever a network is trained to predict is a linear function of x_t and of D(x_t, t).
+# Two facts are used: x_t is Gaussian given x_0, and a squared error is minimised by a conditional expectation. No ODE or
+# SDE is needed. It follows that every quantity a network may predict is a linear function of x_t and of D(x_t, t).
 
 T_END = {"rf": 1.0, "trig": math.pi / 2, "vp": 1.0, "ve": 80.0}  # vp and ve end before pure noise, a > 0
 VP_BETA_MIN, VP_BETA_SLOPE = 0.1, 19.9  # the score SDE's beta(t), from 0.1 to 20
 
 
-def known(what: str, name: str, choices: Iterable[str]) -> None:
+def check_choice(what: str, name: str, choices: Iterable[str]) -> None:
     """Raises ValueError unless `name` is one of `choices`."""
     if name not in choices:
         raise ValueError(f"unknown {what} {name!r}: choose from {', '.join(choices)}")
 
 
 def match_dims(t: Tensor, x: Tensor) -> Tensor:
-    """[B] -> [B, 1, ...], to broadcast over x: [B, ...]."""
+    """Gives t: [B] the shape [B, 1, ...], so that it broadcasts over x: [B, ...]."""
     return t.reshape(-1, *[1] * (x.ndim - 1))
 
 
 def path_terms(t: Tensor, path: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """a(t), s(t) of x_t = a x_0 + s e, and their time derivatives a', s'. Raises ValueError for an unknown path."""
-    known("path", path, T_END)
+    check_choice("path", path, T_END)
     if path == "rf":  # Rectified Flow
         return 1 - t, t, -torch.ones_like(t), torch.ones_like(t)
     if path == "trig":  # TrigFlow
@@ -93,8 +93,8 @@ def path_terms(t: Tensor, path: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 def time_at(a: Tensor, s: Tensor, path: str) -> Tensor:
-    """The time on `path` at which signal and noise are as a to s. On vp and ve, times beyond the path's end are clamped."""
-    known("path", path, T_END)
+    """The time on `path` at which a(t) / s(t) = a / s. On vp and ve, times beyond the path's end are clamped."""
+    check_choice("path", path, T_END)
     if path == "rf":
         return s / (a + s)
     if path == "trig":
@@ -105,133 +105,51 @@ def time_at(a: Tensor, s: Tensor, path: str) -> Tensor:
     return (s / a).clamp(max=T_END["ve"])
 
 
-def prediction_row(kind: str, a: Tensor, s: Tensor, da: Tensor, ds: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """What a network may predict is E[p x_0 + q e | x_t]: returns p, q and the determinant a q - s p.
-
-    x0: (1, 0).  eps: (0, 1).  v = E[dx_t/dt | x_t]: (a', s').  score = grad log p_t = -E[e | x_t] / s (Tweedie).
-    """
-    zero, one = torch.zeros_like(a), torch.ones_like(a)
-    rows = {"x0": (one, zero), "eps": (zero, one), "v": (da, ds), "score": (zero, -1 / s)}
-    known("prediction", kind, rows)
-    p, q = rows[kind]
-    return p, q, a * q - s * p
-
-
-def convert(pred: Tensor, x_t: Tensor, t: Tensor, path: str, src: str, dst: str) -> Tensor:
-    """Turn one prediction into another at the same x_t: src, dst in "x0", "eps", "v", "score" (paper, section 2).
-
-    pred = p x_0 + q e together with x_t = a x_0 + s e is a 2 x 2 linear system for (x_0, e); its solution, put into
-    dst's row, is Cramer's rule:  dst = [(p_dst q - q_dst p) x_t + (a q_dst - s p_dst) pred] / (a q - s p).
-
-    pred, x_t: [B, ...], t: [B]. At pure noise (a = 0) eps and the score determine nothing else: from them the result is
-    infinite or magnified rounding; so is any score at t = 0. Raises ValueError for an unknown path or prediction.
-    """
-    terms = path_terms(match_dims(t, x_t), path)
-    p, q, det = prediction_row(src, *terms)
-    p_dst, q_dst, det_dst = prediction_row(dst, *terms)
-    if src == dst:
-        return pred
-    return (p_dst * q - q_dst * p) / det * x_t + det_dst / det * pred
-
-
 def add_noise(x_0: Tensor, e: Tensor, t: Tensor, path: str = "rf") -> Tensor:
     """x_t = a(t) x_0 + s(t) e.  x_0, e: [B, ...], t: [B]."""
     a, s, _, _ = path_terms(match_dims(t, x_0), path)
     return a * x_0 + s * e
 
 
-# All losses are one loss: |prediction error|^2 = c(t) |D^ - x_0|^2. So a recipe, which is a path, what is predicted, its
-# weight w(t) and how t is drawn, is one density over log-SNR; the minimiser is the same for all of them.
+def prediction_row(kind: str, a: Tensor, s: Tensor, da: Tensor, ds: Tensor) -> tuple[Tensor, Tensor]:
+    """A network of this kind predicts E[p x_0 + q e | x_t]. Returns p and q.
 
-T_MIN = 1e-3  # where uniform times begin: the weight of Rectified Flow, 1 / t^2, has no integral down to 0
-
-
-class Recipe(NamedTuple):
-    """How a network is trained: `predicts` on `path` under the squared error w(t) |error|^2, times drawn from a law.
-
-    law = (mean, std): log(s/a) is normal, which on Rectified Flow is the logit-normal law; None: t uniform on the path.
+    x0: (1, 0).  eps: (0, 1).  v = E[dx_t/dt | x_t]: (a', s').  score = grad log p_t = -E[e | x_t] / s (Tweedie).
     """
-
-    path: str = "rf"
-    predicts: str = "v"
-    law: tuple[float, float] | None = None
-    weight: Callable[[Tensor], Tensor] = torch.ones_like
-
-
-FLOW_MATCHING = Recipe()
-SID_LAW = (math.log(2), 1.6)  # the authors' times for both losses: t = sigmoid(n), n ~ N(log 2, 1.6^2)
-RECIPES = {  # for data of unit variance; EDM and TrigFlow state theirs for sigma_d = 0.5, which shifts the mean by log 2
-    "DDPM, noise prediction": Recipe("vp", "eps"),
-    "EDM": Recipe("ve", "x0", (-1.2 + math.log(2), 1.2), lambda t: (t**2 + 1) / t**2),
-    "Rectified Flow, uniform t": Recipe("rf", "v"),
-    "Rectified Flow, logit-normal t (SD3)": Recipe("rf", "v", (0.0, 1.0)),
-    "TrigFlow (sCM)": Recipe("trig", "v", (-1.0 + math.log(2), 1.4)),
-    "SiD-DiT's fake network": Recipe("rf", "v", SID_LAW),
-}
+    zero, one = torch.zeros_like(a), torch.ones_like(a)
+    rows = {"x0": (one, zero), "eps": (zero, one), "v": (da, ds), "score": (zero, -1 / s)}
+    check_choice("prediction", kind, rows)
+    return rows[kind]
 
 
-def loss_factor(t: Tensor, path: str, predicts: str) -> Tensor:
-    """c(t) in |prediction error|^2 = c(t) |D^ - x_0|^2: v (a' - s' a / s)^2, eps (a/s)^2, score (a/s^2)^2, x0 1."""
-    a, s, da, ds = path_terms(t, path)
-    return (prediction_row(predicts, a, s, da, ds)[2] / s) ** 2
+def convert(pred: Tensor, x_t: Tensor, t: Tensor, path: str, src: str, dst: str) -> Tensor:
+    """Turns one prediction into another at the same x_t: src, dst in "x0", "eps", "v", "score" (paper, section 2).
 
+    pred = p x_0 + q e and x_t = a x_0 + s e are a 2 x 2 linear system for (x_0, e), in conditional expectation. Its
+    solution, put into the row of dst, is Cramer's rule:
+        dst = [(p_dst q - q_dst p) x_t + (a q_dst - s p_dst) pred] / (a q - s p)
+    On Rectified Flow, for example: D = x_t - t v, E[e | x_t] = x_t + (1 - t) v, score = -E[e | x_t] / t.
 
-class SharedGenerator(torch.Generator):
-    """A random generator of process `rank` among `world` that were given the same seed: each draws the numbers of the
-    whole batch and keeps its own rows, so that all of them together see what one process would."""
-
-    rank, world = 0, 1
-
-
-def draw(law: Callable, shape: tuple[int, ...], rng: torch.Generator | None, **options) -> Tensor:
-    """Numbers from law, torch.rand or torch.randn, of this shape; of a SharedGenerator its share of world times the rows."""
-    rank, world = (rng.rank, rng.world) if isinstance(rng, SharedGenerator) else (0, 1)
-    return law(world * shape[0], *shape[1:], generator=rng, **options)[rank * shape[0] : (rank + 1) * shape[0]]
-
-
-def draw_times(n: int, law: tuple[float, float] | None, path: str = "rf", rng: torch.Generator | None = None) -> Tensor:
-    """n times on `path`: log(s/a) ~ N(*law), or uniform between T_MIN and the path's end where law is None. [n]"""
-    device = rng.device if rng else None
-    if law is None:
-        return T_MIN + (T_END[path] - T_MIN) * draw(torch.rand, (n,), rng, device=device)
-    ratio = (law[0] + law[1] * draw(torch.randn, (n,), rng, device=device)).exp()
-    return time_at(torch.ones_like(ratio), ratio, path)
-
-
-def weight_density(recipe: Recipe, log_snr: Tensor) -> Tensor:
-    """pi(lambda) = w~(t) p(t) |dt/dlambda| / Z, the density that a recipe puts on |D^ - x_0|^2 (paper, figure 2).
-
-    w~(t) = w(t) c(t); Z makes it integrate to 1 (trapezoidal rule). lambda = -2 log(s/a). log_snr: [n] -> [n]
+    pred, x_t: [B, ...], t: [B]. At pure noise (a = 0) eps and the score do not determine the other predictions: the result
+    is infinite or magnified rounding there. So is any score at t = 0. Raises ValueError for an unknown path or prediction.
     """
-    path, predicts, law, weight = recipe
-
-    def unnormalised(lam: Tensor) -> Tensor:
-        t = time_at((lam / 4).exp(), (-lam / 4).exp(), path)
-        a, s, da, ds = path_terms(t, path)
-        if law is None:  # |dt/dlambda| = a s / 2 (a s' - a' s)
-            p = a * s / (2 * (a * ds - da * s)) / (T_END[path] - T_MIN)
-        else:
-            p = torch.distributions.Normal(*law).log_prob(-lam / 2).exp() / 2
-        return weight(t) * loss_factor(t, path, predicts) * p
-
-    if law is None:
-        a, s, _, _ = path_terms(torch.tensor([T_END[path], T_MIN]).to(log_snr), path)
-        low, high = (2 * (a / s).clamp(min=1e-13).log()).tolist()
-    else:
-        low, high = -2 * law[0] - 24 * law[1], -2 * law[0] + 24 * law[1]  # twelve standard deviations each way
-    grid = torch.linspace(low, high, 20_001).to(log_snr)
-    inside = (log_snr >= low) & (log_snr <= high)
-    return inside * unnormalised(log_snr) / torch.trapezoid(unnormalised(grid), grid)
+    a, s, da, ds = path_terms(match_dims(t, x_t), path)
+    p, q = prediction_row(src, a, s, da, ds)
+    p_dst, q_dst = prediction_row(dst, a, s, da, ds)
+    if src == dst:
+        return pred
+    determinant = a * q - s * p
+    return (p_dst * q - q_dst * p) / determinant * x_t + (a * q_dst - s * p_dst) / determinant * pred
 
 
 # Moving between paths: at equal signal-to-noise ratio the variables of two paths differ by a scale, and D is the same.
 
 
 def equal_snr(x_t: Tensor, t: Tensor, src: str, dst: str) -> tuple[Tensor, Tensor]:
-    """(x_t, t) on path src -> (X_u, u) on path dst with a(t)/s(t) = A(u)/S(u), X_u = (S/s) x_t. Needs t > 0.
+    """Maps (x_t, t) on path src to (X_u, u) on path dst, with a(t)/s(t) = A(u)/S(u) and X_u = (S/s) x_t. Needs t > 0.
 
-    S/s and not A/a, which is 0/0 at pure noise, where generation starts. vp and ve end before pure noise (Rectified Flow
-    t = 0.99347 and 0.98765): times beyond are clamped there.
+    The scale is computed as S/s, because A/a is 0/0 at pure noise, where generation starts. The paths vp and ve end before
+    pure noise, at Rectified Flow t = 0.99347 and 0.98765: later times are clamped to their end.
     """
     a, s, _, _ = path_terms(t, src)
     u = time_at(a, s, dst)
@@ -255,7 +173,10 @@ class RectifiedFlowView(nn.Module):
 
 
 def as_rectified_flow(net: nn.Module, path: str, predicts: str = "v") -> nn.Module:
-    """A network on any path, seen through the equal-SNR map; it shares the parameters of `net`."""
+    """A network trained on any path, seen through the equal-SNR map. It shares the parameters of `net`.
+
+    No teacher of the paper needs it. SANA-Sprint's too is a Rectified Flow network: TrigFlow is how its pipeline calls it.
+    """
     return net if (path, predicts) == ("rf", "v") else RectifiedFlowView(net, path, predicts)
 
 
@@ -275,9 +196,9 @@ def guided(
 ) -> tuple[Tensor, Tensor | None]:
     """Classifier-free guidance, v = v_uncond + guidance (v_cond - v_uncond), in one batched call.
 
-    Returns v and, with features=True, the pooled hidden states [B, channels] of the conditional half, which alone the
-    adversarial pair judges (else None). One unconditional row in uncond serves the whole batch; what uncond lacks (the
-    scale of a guidance embedding) it shares with cond. Raises ValueError for a guidance other than 1 without both.
+    Returns v and, with features=True, the pooled hidden states [B, channels] of the conditional half (else None): the
+    adversarial pair judges that half alone. One unconditional row in uncond serves the whole batch. An entry that uncond
+    lacks (the scale of a guidance embedding) is cond's. Raises ValueError for a guidance other than 1 without both.
     """
     plain = guidance == 1
     if not plain:
@@ -292,23 +213,25 @@ def guided(
     return v_uncond + guidance * (v_cond - v_uncond), hidden if hidden is None else hidden.chunk(2)[0]
 
 
-def weighted(per_element: Tensor, w: Tensor) -> Tensor:
-    """Every loss here: sum over dimensions, weight w(t): [B], mean over the batch. per_element: [B, ...] -> scalar"""
+def weighted_mean(per_element: Tensor, w: Tensor) -> Tensor:
+    """The reduction of every loss: sum over dimensions, weight w(t): [B], mean over the batch. [B, ...] -> scalar"""
     return (w * per_element.flatten(1).sum(1)).mean()
 
 
-def flow_matching_loss(pred: Tensor, x_0: Tensor, e: Tensor, t: Tensor, recipe: Recipe = FLOW_MATCHING) -> Tensor:
-    """w(t) |pred - target|^2 with the recipe's target: by default |v - (e - x_0)|^2, conditional flow matching.
+def flow_matching_loss(
+    pred: Tensor, x_0: Tensor, e: Tensor, t: Tensor, path: str = "rf", predicts: str = "v", w: Tensor | None = None
+) -> Tensor:
+    """w(t) |pred - target|^2, by default |v - (e - x_0)|^2: conditional flow matching.
 
     It fits a teacher where x_0 is data, and the fake network where x_0 is the generator's samples (detached).
-    pred is the network's output at add_noise(x_0, e, t, recipe.path). pred, x_0, e: [B, ...], t: [B] -> scalar
+    pred is the network's output at x_t = add_noise(x_0, e, t, path). pred, x_0, e: [B, ...]; t, w: [B] -> scalar
     """
-    p, q, _ = prediction_row(recipe.predicts, *path_terms(match_dims(t, x_0), recipe.path))
-    return weighted((pred - (p * x_0 + q * e)).square(), recipe.weight(t))
+    p, q = prediction_row(predicts, *path_terms(match_dims(t, x_0), path))
+    return weighted_mean((pred - (p * x_0 + q * e)).square(), torch.ones_like(t) if w is None else w)
 
 
-# w(t) of the generator's loss; where t stands in a denominator, that is clipped at 1e-5. As D = x_t - t v, at 1 / t^2 the
-# loss is one between velocities.
+# The weight w(t) of the generator's loss. A denominator is clipped at 1e-5. Since D = x_t - t v, the weight 1/t^2 turns the
+# loss between posterior means into one between velocities.
 WEIGHTS = {
     "1-t": lambda t: 1 - t,
     "(1-t)^2": lambda t: (1 - t) ** 2,
@@ -316,45 +239,52 @@ WEIGHTS = {
     "1/t^2": lambda t: 1 / t.square().clamp(min=1e-5),
     "snr": lambda t: (1 - t) ** 2 / t.square().clamp(min=1e-5),
     "snr_sqrt": lambda t: (1 - t) / t.clamp(min=1e-5),
-    "sid": None,  # 1 / mean |x_g - f_phi|: of the sample, where the identities of the paper ask for a function of t
+    "sid": None,  # 1 / mean |x_g - f_phi|: it depends on the sample, while the paper's identities need a function of t
 }
 
 
 def loss_weight(weight: str, t: Tensor, x_g: Tensor, d_real: Tensor) -> Tensor:
-    """w(t) by name: a key of WEIGHTS, else ValueError. No gradient. t: [B] -> [B]"""
-    known("weight", weight, WEIGHTS)
+    """w(t) by name, without gradient. Raises ValueError unless `weight` is a key of WEIGHTS. t: [B] -> [B]"""
+    check_choice("weight", weight, WEIGHTS)
     if weight == "sid":
         return 1 / (x_g - d_real).detach().abs().flatten(1).mean(1).clamp(min=1e-5)
     return WEIGHTS[weight](t)
 
 
-def sid_loss(x_g: Tensor, d_real: Tensor, d_fake: Tensor, t: Tensor, alpha: float = 1.0, weight: str = "1-t") -> Tensor:
+def sid_loss(
+    x_g: Tensor, d_real: Tensor, d_fake: Tensor, t: Tensor, alpha: float = 1.0, weight: str | Tensor = "1-t"
+) -> Tensor:
     """The generator's loss, L_alpha = L2 - alpha L1 (paper, section 3):
 
         L1 = E[w |f_phi - f_psi|^2],    L2 = E[w (f_phi - f_psi)^T (f_phi - x_g)]
 
-    x_g is the generator's output and d_real = f_phi(x_t, t), d_fake = f_psi(x_t, t) are posterior means at
+    What alpha does to the gradient: at psi*, with L the Fisher divergence, grad L_alpha = grad L / 2 + (1/2 - alpha) grad L1,
+    where grad L1 holds psi fixed. So alpha = 1/2 is unbiased, and alpha = 1 follows the part of the gradient that flows
+    through psi*(theta). What it does to the value: at psi* both L1 and L2 equal L, so at alpha = 1 the value hovers around
+    zero and says nothing about convergence; L1 does. (Both need a w of t alone: any but "sid".)
+
+    x_g is the generator's output; d_real = f_phi(x_t, t) and d_fake = f_psi(x_t, t) are posterior means at
     x_t = add_noise(x_g, e, t). Keep the graph of all three: the gradient reaches the generator through x_g and through
-    the inputs of both networks, whose weights are constants here. At psi*, and for a w of t alone (all but "sid"), both
-    L1 and L2 equal the Fisher divergence, so at alpha = 1 the value hovers around zero and says nothing about
-    convergence: watch L1. At any psi, L2 - L1 / 2 = E[w (|f_phi - x_g|^2 - |f_psi - x_g|^2)] / 2.
-    x_g, d_real, d_fake: [B, ...], t: [B] -> scalar
+    the inputs of both networks, whose weights are constants here.
+    x_g, d_real, d_fake: [B, ...], t: [B], weight: a key of WEIGHTS, else w: [B] -> scalar
     """
+    w = loss_weight(weight, t, x_g, d_real) if isinstance(weight, str) else weight
     difference = d_real - d_fake
-    return weighted(difference * ((d_real - x_g) - alpha * difference), loss_weight(weight, t, x_g, d_real))
+    return weighted_mean(difference * ((d_real - x_g) - alpha * difference), w)
 
 
-def dmd_loss(x_g: Tensor, d_real: Tensor, d_fake: Tensor, t: Tensor, weight: str = "1-t") -> Tensor:
+def dmd_loss(x_g: Tensor, d_real: Tensor, d_fake: Tensor, t: Tensor, weight: str | Tensor = "1-t") -> Tensor:
     """Distribution matching distillation, for comparison: a scalar whose gradient with respect to each x_g of the batch
-    is w (f_psi - f_phi) / B, with nothing flowing through either network. Shapes and weights as in sid_loss."""
-    return weighted((d_fake - d_real).detach() * x_g, loss_weight(weight, t, x_g, d_real))
+    is w (f_psi - f_phi) / B. Nothing flows through either network. Shapes and weights as in sid_loss."""
+    w = loss_weight(weight, t, x_g, d_real) if isinstance(weight, str) else weight
+    return weighted_mean((d_fake - d_real).detach() * x_g, w)
 
 
 # The adversarial pair of the data-aided loss. The discriminator is the fake network itself: its last hidden states,
-# averaged over image tokens, and every channel is a logit.
+# averaged over image tokens, are the logits, one a channel.
 
 
-def judge(features: Tensor, real: bool) -> Tensor:
+def cross_entropy(features: Tensor, real: bool) -> Tensor:
     """Binary cross-entropy of every channel against the label, logits clamped to +-10. [B, channels] -> [B]"""
     logits = features.clamp(-10, 10)
     return F.softplus(-logits if real else logits).mean(1)
@@ -362,12 +292,12 @@ def judge(features: Tensor, real: bool) -> Tensor:
 
 def discriminator_loss(features_real: Tensor, features_fake: Tensor, size: int) -> Tensor:
     """(real + fake) / 2, times the size C H W of a sample, which puts it on the scale of a sum over dimensions."""
-    return size * (judge(features_real, True).mean() + judge(features_fake, False).mean()) / 2
+    return size * (cross_entropy(features_real, True).mean() + cross_entropy(features_fake, False).mean()) / 2
 
 
 def adversarial_loss(features_fake: Tensor, size: int, w: Tensor) -> Tensor:
-    """The generator's side: its samples judged as real, with the weight w(t): [B], times the size C H W."""
-    return size * (w * judge(features_fake, True)).mean()
+    """The generator's side: its samples are judged as real, with the weight w(t): [B], times the size C H W."""
+    return size * (w * cross_entropy(features_fake, True)).mean()
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -376,11 +306,43 @@ def adversarial_loss(features_fake: Tensor, size: int, w: Tensor) -> Tensor:
 
 NOISES = ("fresh", "fixed", "ddim")
 LOSSES = ("sid", "dmd")
+SID_LAW = (math.log(2), 1.6)  # the authors' times for both losses: t = sigmoid(n), n ~ N(log 2, 1.6^2)
+T_MIN = 1e-3  # where uniform times begin: the weight of Rectified Flow, 1 / t^2, has no integral down to 0
+
+
+class SharedGenerator(torch.Generator):
+    """A random generator for process `rank` of `world` processes that were given the same seed. Each process samples the
+    numbers of the whole batch and keeps its own rows, so that all of them together see the numbers of one process."""
+
+    rank, world = 0, 1
+
+
+def random_rows(law: Callable, shape: tuple[int, ...], rng: torch.Generator | None, **options) -> Tensor:
+    """Random numbers of this shape; law is torch.rand or torch.randn. From a SharedGenerator, this process's rows."""
+    rank, world = (rng.rank, rng.world) if isinstance(rng, SharedGenerator) else (0, 1)
+    return law(world * shape[0], *shape[1:], generator=rng, **options)[rank * shape[0] : (rank + 1) * shape[0]]
 
 
 def noise_like(x: Tensor, rng: torch.Generator | None = None) -> Tensor:
-    """e ~ N(0, I), drawn where rng lives: a CPU generator gives the same numbers on every device."""
-    return draw(torch.randn, x.shape, rng, device=rng.device if rng else x.device, dtype=x.dtype).to(x.device)
+    """e ~ N(0, I), sampled on the device of rng: a CPU generator gives the same numbers on every device."""
+    return random_rows(torch.randn, x.shape, rng, device=rng.device if rng else x.device, dtype=x.dtype).to(x.device)
+
+
+def sample_times(
+    n: int, law: tuple[float, float] | None, path: str = "rf", rng: torch.Generator | None = None
+) -> Tensor:
+    """n times on `path`: log(s/a) ~ N(law[0], law[1]^2), which on Rectified Flow is the logit-normal law; where law is
+    None, uniform between T_MIN and the path's end. [n]"""
+    device = rng.device if rng else None
+    if law is None:
+        return T_MIN + (T_END[path] - T_MIN) * random_rows(torch.rand, (n,), rng, device=device)
+    ratio = (law[0] + law[1] * random_rows(torch.randn, (n,), rng, device=device)).exp()
+    return time_at(torch.ones_like(ratio), ratio, path)
+
+
+def sample_k(steps: int, iteration: int, rng: torch.Generator | None = None) -> int:
+    """1 .. steps, uniform. It is a function of the iteration and of rng's seed, so that every process has the same k."""
+    return random.Random(f"{rng.initial_seed() if rng else torch.initial_seed()} {iteration}").randint(1, steps)
 
 
 def generate(
@@ -393,31 +355,32 @@ def generate(
     times: Tensor | None = None,
     rng: torch.Generator | None = None,
 ) -> Tensor:
-    """x_g = G(z) in K = steps network evaluations, or what the first `stop_after` of them give.
+    """x_g = G(z) in K = steps network evaluations. stop_after=k returns the output of step k.
 
-    Step i takes D = x_t - t v at t_i = 1 - i/K, a posterior mean for a denoiser and a sample for a student, and noises it
-    to the next time, x = (1 - t_{i+1}) D + t_{i+1} n, where n is `fresh` noise, `fixed` (z again) or `ddim` (the noise that
-    the prediction implies). Only the last step carries gradient. times: other t_0 > ... > t_K = 0 than these, which then
-    give K. Raises ValueError unless 1 <= stop_after <= steps, and for an unknown noise. z: [B, ...] -> [B, ...]
+    Step i takes D = x_t - t v at t_i = 1 - i/K, which is a posterior mean for a teacher and a sample for a student, and
+    adds noise up to the next time: x = (1 - t_{i+1}) D + t_{i+1} n. The noise n is `fresh`, `fixed` (z again) or `ddim` (the
+    noise E[e | x_t] that the prediction implies). Only the last step carries gradient. times: t_0 > ... > t_K = 0 in place
+    of 1 - i/K; K is then their number. Raises ValueError unless 1 <= stop_after <= steps, and for an unknown noise.
+    z: [B, ...] -> [B, ...]
     """
     steps = steps if times is None else len(times) - 1
     last = steps if stop_after is None else stop_after
     if not 1 <= last <= steps:
         raise ValueError(f"generate needs 1 <= stop_after <= steps: stop_after is {last}, steps {steps}")
-    known("noise", noise, NOISES)
-    t_i = [1 - i / steps for i in range(steps + 1)] if times is None else times.tolist()
+    check_choice("noise", noise, NOISES)
+    times = [1 - i / steps for i in range(steps + 1)] if times is None else times.tolist()
     x_t = z
     for i in range(last):
-        t = z.new_full((len(z),), t_i[i])
+        t, t_next = times[i], times[i + 1]
         with torch.set_grad_enabled(torch.is_grad_enabled() and i == last - 1):
-            v = net(x_t, t, cond)
-            x_0 = convert(v, x_t, t, "rf", "v", "x0")
+            v = net(x_t, z.new_full((len(z),), t), cond)
+            x_0 = x_t - t * v
         if i < last - 1:
             if noise == "ddim":
-                n = convert(v, x_t, t, "rf", "v", "eps")
+                n = x_t + (1 - t) * v
             else:
                 n = z if noise == "fixed" else noise_like(z, rng)
-            x_t = add_noise(x_0, n, torch.full_like(t, t_i[i + 1]))
+            x_t = (1 - t_next) * x_0 + t_next * n
     return x_0
 
 
@@ -430,42 +393,42 @@ def sample_ode(
     times: Tensor | None = None,
     guidance: float = 1.0,
 ) -> Tensor:
-    """The teacher's own sampling: Euler steps of dx/dt = v along descending times [K + 1] that end in 0.
+    """The teacher's own sampler: Euler steps of dx/dt = v along descending times [K + 1] that end in 0 (28 by default).
 
-    z: [B, ...] -> x_0. uncond (one row may serve all) and guidance as in guided, which says what it raises.
+    It is `generate` with ddim noise, as (1 - t') (x_t - t v) + t' (x_t + (1 - t) v) = x_t + (t' - t) v.
+    z: [B, ...] -> x_0. uncond (one row may serve all) and guidance as in `guided`, with the errors that it raises.
     """
+
+    def guided_net(x_t: Tensor, t: Tensor, cond: dict | None) -> Tensor:
+        return guided(net, x_t, t, cond, uncond, guidance)[0]
+
     times = torch.linspace(1, 0, 29) if times is None else times
-    x_t = z
-    for t, t_next in zip(times[:-1].tolist(), times[1:].tolist()):
-        v, _ = guided(net, x_t, z.new_full((len(z),), t), cond, uncond, guidance)
-        x_t = x_t + (t_next - t) * v
-    return x_t
+    return generate(guided_net, z, cond, noise="ddim", times=times)
 
 
 def set_trainable(optimizer: torch.optim.Optimizer, flag: bool) -> None:
-    """Whether the weights that `optimizer` moves take gradients."""
+    """Sets whether the weights that `optimizer` moves take gradients."""
     for group in optimizer.param_groups:
         for weight in group["params"]:
             weight.requires_grad_(flag)
 
 
-def draw_k(steps: int, iteration: int, rng: torch.Generator | None = None) -> int:
-    """1 .. steps, uniform: a function of the iteration and of rng's seed, known to the host and to every process."""
-    return random.Random(f"{rng.initial_seed() if rng else torch.initial_seed()} {iteration}").randint(1, steps)
+def backward(loss: Tensor, net: nn.Module, last: bool) -> None:
+    """loss.backward(). Processes that share `net` exchange gradients only after the last part of a batch."""
+    if hasattr(net, "set_requires_gradient_sync"):
+        net.set_requires_gradient_sync(last)
+    loss.backward()
 
 
-def update(optimizer: torch.optim.Optimizer, losses: Iterable[Tensor]) -> Tensor:
-    """One optimizer step down the gradient of the sum of losses; each one's graph is let go before the next is asked for.
+def take_step(optimizer: torch.optim.Optimizer) -> Tensor:
+    """One optimizer step, skipped where the gradient is not finite. Clears the gradients.
 
-    Where the gradient is not finite the step is skipped. Returns 1 then, else 0, as a tensor on the device, which fused
-    optimizers read there (others make the host wait).
+    Returns 1 if it was skipped, else 0, as a tensor on the device. Fused optimizers, and Adam of chapter 8, read it there;
+    others make the host wait.
     """
-    optimizer.zero_grad(set_to_none=True)
-    for loss in losses:
-        loss.backward()
     gradients = [w.grad for group in optimizer.param_groups for w in group["params"] if w.grad is not None]
     norm = torch.nn.utils.get_total_norm(gradients)
-    norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # of all processes' shards
+    norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # over all processes' shards
     skipped = (~norm.isfinite()).float()
     if optimizer.defaults.get("fused"):
         optimizer.found_inf = skipped
@@ -476,14 +439,6 @@ def update(optimizer: torch.optim.Optimizer, losses: Iterable[Tensor]) -> Tensor
     return skipped
 
 
-def synchronised(net: nn.Module, objective: Callable, parts: list[tuple]) -> Iterator[Tensor]:
-    """The objective of each part of a batch. Processes that share a network add up their gradients once, at the last."""
-    for i, part in enumerate(parts):
-        if hasattr(net, "set_requires_gradient_sync"):
-            net.set_requires_gradient_sync(i == len(parts) - 1)
-        yield objective(*part)
-
-
 def distill(
     teacher: nn.Module,
     student: nn.Module,
@@ -492,6 +447,7 @@ def distill(
     batches: Iterable[tuple[dict | None, Tensor | None]],
     shape: tuple[int, ...],
     *,
+    # the method
     steps: int = 4,
     loss: str = "sid",
     alpha: float = 1.0,
@@ -500,108 +456,100 @@ def distill(
     guidance: float = 1.0,
     uncond: dict | None = None,
     law: tuple[float, float] | None = SID_LAW,
+    sid_scale: float = 100.0,
+    # the schedule
     start: int = 0,
     iters: int = 1000,
     accumulate: int = 1,
-    sid_scale: float = 100.0,
-    warmup: tuple[int, int] = (20_000, 40_000),
     rng: torch.Generator | None = None,
+    # data-aided
+    warmup: tuple[int, int] = (20_000, 40_000),
 ) -> Iterator[dict]:
     """The training loop: distils `teacher` into `student`. Student and fake network start as copies of the teacher
-    (data-aided, the student from a data-free one).
+    (data-aided, the student starts from a data-free one).
 
-    optimizers: the student's and the fake network's; Adam with betas (0, 0.999) in the paper. What they do not hold is
-    frozen here. batches yields cond (a dict of tensors or None) and real (data-aided: clean samples x_0 of that cond;
-    data-free: None), `accumulate` times an iteration, and one step goes down the mean of their losses; the loop ends with
-    it, or after `iters`, counted from `start`. shape: of a batch of samples, (B, ...). law: of the times t of both losses.
-    guidance: the same in the fake network's training and in both networks of the generator's loss (the authors' "long and
-    short" guidance); the generator itself runs without. rng: where all noise and times come from; its seed fixes k.
-    The generator's loss is sid_scale L_alpha, so that its gradient stays above Adam's eps. Data-aided it is
-    (sid_scale L_alpha + adversarial) / 2, but the generator waits for the first warmup[0] images, and sees L_alpha alone
-    until warmup[1]. The adversarial term keeps w(t) = 1 - t, the authors' default, whatever `weight` is: a cross-entropy
-    does not shrink with t as a difference of posterior means does, so that 1 / t^2 would leave it to the few smallest t.
+    optimizers: of the student and of the fake network; Adam with betas (0, 0.999) in the paper. All weights that neither
+    holds are frozen. batches yields (cond, real): cond is a dict of tensors or None; real is None, or data-aided the clean
+    samples x_0 of that cond. An update takes `accumulate` of them and follows the mean of their losses. The loop ends with
+    the batches, or after iteration `iters`, counted from `start`. shape: of a batch of samples, (B, ...).
+
+    law: of the times t of both losses (sample_times). guidance: the same in the fake network's training and in both
+    networks of the generator's loss ("long and short" guidance); the generator itself runs without. sid_scale: multiplies
+    L_alpha, which keeps its gradient above Adam's eps. rng: the source of all noise and times; its seed fixes k.
+    warmup: data-aided, the generator waits for the first warmup[0] images, and sees L_alpha alone until warmup[1].
 
     Yields after each iteration a dict of measurements, as tensors on the device: loss (L_alpha or DMD's), fisher (L1, an
-    estimate of the Fisher divergence: the number to watch), fake_loss, data-aided discriminator (its cross-entropy by the
-    logit: log 2 where it tells nothing) and adversarial, and skipped (how many of the two updates were, as their gradient
-    was not finite); and the numbers iteration, images (seen so far, by all processes) and k. Nothing in an iteration waits
-    for the device if the optimizers are fused. Raises ValueError for an unknown loss, weight or noise.
+    estimate of the Fisher divergence: the number to watch), fake_loss, skipped (how many of the two updates were skipped),
+    data-aided discriminator (its cross-entropy by the logit: log 2 where it tells nothing) and adversarial; and the numbers
+    iteration, images (seen so far, by all processes) and k. Nothing in an iteration waits for the device if the optimizers
+    are fused. Raises ValueError for an unknown loss, weight or noise.
     """
     for what, name, choices in (("loss", loss, LOSSES), ("weight", weight, WEIGHTS), ("noise", noise, NOISES)):
-        known(what, name, choices)
+        check_choice(what, name, choices)
     student_optimizer, fake_optimizer = optimizers
     for net in (teacher, student, fake):
         net.requires_grad_(False)
     set_trainable(student_optimizer, True)
     weights = next(student.parameters())
-    like = torch.empty(shape, device=weights.device, dtype=torch.promote_types(weights.dtype, torch.float32))
+    template = torch.empty(shape, device=weights.device, dtype=torch.promote_types(weights.dtype, torch.float32))
+    size = template[0].numel()  # C H W
     images = shape[0] * accumulate * getattr(rng, "world", 1)  # of an iteration
-
-    def generate_and_noise(cond: dict | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        x_g = generate(student, noise_like(like, rng), cond, steps, noise, stop_after=k, rng=rng)
-        e, t = noise_like(like, rng), draw_times(shape[0], law, rng=rng).to(like)
-        return x_g, e, t, add_noise(x_g, e, t)
-
-    def record(name: str, value: Tensor) -> None:
-        measured[name] = measured.get(name, 0) + value.detach() / accumulate
-
-    # 1. The fake network learns the generator's distribution: flow matching on its samples. Data-aided, it learns to tell
-    #    them from real ones besides.
-    def fake_objective(cond: dict | None, real: Tensor | None) -> Tensor:
-        with torch.no_grad():
-            x_g, e, t, x_t = generate_and_noise(cond)
-        v, hidden = guided(fake, x_t, t, cond, uncond, guidance, features=real is not None)
-        fake_loss = flow_matching_loss(v, x_g, e, t)
-        record("fake_loss", fake_loss)
-        if real is not None:
-            _, hidden_real = fake(add_noise(real, noise_like(real, rng), t), t, cond, features=True)
-            discriminator = discriminator_loss(hidden_real, hidden, like[0].numel())
-            record("discriminator", discriminator / like[0].numel())
-            fake_loss = fake_loss + discriminator
-        return fake_loss / accumulate
-
-    # 2. The generator follows L_alpha: gradients reach it through x_g and through x_t, the input of both networks, whose
-    #    weights are held.
-    def student_objective(cond: dict | None, real: Tensor | None) -> Tensor:
-        x_g, _, t, x_t = generate_and_noise(cond)
-        if loss == "dmd" and real is None:
-            x_t = x_t.detach()  # DMD sends nothing through the networks
-        v_real, _ = guided(teacher, x_t, t, cond, uncond, guidance)
-        v_fake, hidden = guided(fake, x_t, t, cond, uncond, guidance, features=real is not None)
-        d_real, d_fake = (convert(v, x_t, t, "rf", "v", "x0") for v in (v_real, v_fake))
-        w = loss_weight(weight, t, x_g, d_real)
-        record("fisher", weighted((d_real - d_fake).detach().square(), w))
-        if loss == "sid":
-            student_loss = sid_loss(x_g, d_real, d_fake, t, alpha, weight)
-        else:
-            student_loss = dmd_loss(x_g, d_real, d_fake, t, weight)
-        record("loss", student_loss)
-        student_loss = sid_scale * student_loss
-        if real is not None:
-            adversarial = adversarial_loss(hidden, like[0].numel(), 1 - t)
-            record("adversarial", adversarial)
-            if iteration * images >= warmup[1]:
-                student_loss = (student_loss + adversarial) / 2
-        return student_loss / accumulate
-
     batches = iter(batches)
+
     for iteration in range(start, iters):
-        parts = [*itertools.islice(batches, accumulate)]
+        parts = list(itertools.islice(batches, accumulate))
         if len(parts) < accumulate:
             return
-        # The k-th output of a K-step run, k uniform, K = steps: over iterations the mixture of them is what is matched.
-        k = draw_k(steps, iteration, rng)
-        measured = {"iteration": iteration, "images": (iteration + 1) * images, "k": k}
+        # The k-th output of a K-step run, k uniform: the mixture of all steps' outputs is what is matched to the data.
+        k = sample_k(steps, iteration, rng)
+        sums: dict = defaultdict(float)  # of the parts' measurements
+
+        # 1. The fake network learns the generator's distribution: flow matching on its samples.
         set_trainable(fake_optimizer, True)
-        skipped = update(fake_optimizer, synchronised(fake, fake_objective, parts))
-        set_trainable(fake_optimizer, False)
-        if parts[0][1] is None or iteration * images >= warmup[0]:
-            skipped = skipped + update(student_optimizer, synchronised(student, student_objective, parts))
-        else:  # the generator waits
+        for i, (cond, real) in enumerate(parts, 1):
             with torch.no_grad():
-                for part in parts:
-                    student_objective(*part)
-        yield measured | {"skipped": skipped}
+                x_g = generate(student, noise_like(template, rng), cond, steps, noise, stop_after=k, rng=rng)
+            e, t = noise_like(template, rng), sample_times(shape[0], law, rng=rng).to(template)
+            x_t = add_noise(x_g, e, t)
+            v, hidden = guided(fake, x_t, t, cond, uncond, guidance, features=real is not None)
+            fake_loss = flow_matching_loss(v, x_g, e, t)
+            sums["fake_loss"] += fake_loss.detach()
+            if real is not None:  # it also learns to tell generated samples from real ones
+                _, hidden_real = fake(add_noise(real, noise_like(real, rng), t), t, cond, features=True)
+                discriminator = discriminator_loss(hidden_real, hidden, size)
+                sums["discriminator"] += discriminator.detach() / size
+                fake_loss = fake_loss + discriminator
+            backward(fake_loss / accumulate, fake, last=i == accumulate)
+        skipped = take_step(fake_optimizer)
+        set_trainable(fake_optimizer, False)
+
+        # 2. The generator follows L_alpha: the gradient reaches it through x_g and through x_t, the input of both networks.
+        seen = iteration * images
+        waits = real is not None and seen < warmup[0]
+        for i, (cond, real) in enumerate(parts, 1):
+            x_g = generate(student, noise_like(template, rng), cond, steps, noise, stop_after=k, rng=rng)
+            e, t = noise_like(template, rng), sample_times(shape[0], law, rng=rng).to(template)
+            x_t = add_noise(x_g, e, t)
+            v_real, _ = guided(teacher, x_t, t, cond, uncond, guidance)
+            v_fake, hidden = guided(fake, x_t, t, cond, uncond, guidance, features=real is not None)
+            d_real, d_fake = (x_t - match_dims(t, x_t) * v for v in (v_real, v_fake))  # f_phi, f_psi
+            w = loss_weight(weight, t, x_g, d_real)
+            if loss == "sid":
+                student_loss = sid_loss(x_g, d_real, d_fake, t, alpha, w)
+            else:
+                student_loss = dmd_loss(x_g, d_real, d_fake, t, w)
+            sums["loss"] += student_loss.detach()
+            sums["fisher"] += weighted_mean((d_real - d_fake).detach().square(), w)
+            student_loss = sid_scale * student_loss
+            if real is not None:  # w = 1 - t whatever `weight` is: unlike D, a cross-entropy does not shrink with t
+                adversarial = adversarial_loss(hidden, size, 1 - t)
+                sums["adversarial"] += adversarial.detach()
+                student_loss = (student_loss + adversarial) / 2 if seen >= warmup[1] else student_loss
+            if not waits:
+                backward(student_loss / accumulate, student, last=i == accumulate)
+        skipped = skipped if waits else skipped + take_step(student_optimizer)
+        means = {name: total / accumulate for name, total in sums.items()}
+        yield {"iteration": iteration, "images": seen + images, "k": k, **means, "skipped": skipped}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1388,7 +1336,7 @@ class AutoencoderDC(nn.Module):
         self.latent_channels, self.downscale = latent_channels, 2 ** (len(encoder_block_out_channels) - 1)
 
         def block(kind: str, dim: int, kernels: Sequence[int]) -> nn.Module:
-            known("block type", kind, ("ResBlock", "EfficientViTBlock"))
+            check_choice("block type", kind, ("ResBlock", "EfficientViTBlock"))
             if kind == "EfficientViTBlock":
                 return Chain(attn=MultiscaleAttention(dim, attention_head_dim, kernels), conv_out=GatedConv(dim))
             norm = PixelRMSNorm(dim, eps=1e-5, bias=True)
@@ -1526,7 +1474,7 @@ class TextEncoders:
     def __init__(self, folder: Path, family: str, device: str = "cpu", dtype=torch.float32, instruction: str = ""):
         import transformers
 
-        known("family", family, TEXT_LENGTH)
+        check_choice("family", family, TEXT_LENGTH)
         folder = Path(folder)
         self.family, self.device, self.instruction = family, device, instruction
         self.tokenizers: dict = {}
@@ -2948,21 +2896,24 @@ def fail(message: object, status: int = 2) -> NoReturn:
     raise SystemExit(status)
 
 
-def number(kind: type, low: float = -math.inf) -> Callable[[str], float]:
-    """An argument that is a finite number, `low` or more; if kind is int, whole and of 63 bits, as a seed must be."""
-    most = 2**63 if kind is int else math.inf
+def whole_number(text: str) -> int:
+    """An argument from 0 to 2^63 - 1, as a seed is."""
+    value = int(text)
+    if not 0 <= value < 2**63:
+        raise ValueError
+    return value
 
-    def parse(text: str) -> float:
-        try:
-            value = kind(text)
-        except ValueError:
-            value = math.nan
-        if not (low <= value and abs(value) < most):  # which is false of nan
-            least = f", {low:g} or more" if math.isfinite(low) else ""
-            raise argparse.ArgumentTypeError(f"needs a {'whole ' * (kind is int)}number{least}, not {text!r}")
-        return value
 
-    return parse
+def positive_integer(text: str) -> int:
+    if not whole_number(text):
+        raise ValueError
+    return int(text)
+
+
+def finite_number(text: str) -> float:
+    if not math.isfinite(float(text)):
+        raise ValueError
+    return float(text)
 
 
 def make_folder(folder: Path) -> None:
@@ -3007,37 +2958,55 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     about = "Distils a flow-matching teacher into a generator of a few steps (SiD-DiT), and samples from both."
     parser = argparse.ArgumentParser(description=about, epilog="Names: " + ", ".join(NAMES))
     parser.error = fail
-    count = number(int, 1)
     add = parser.add_argument
     add("--teacher", required=True, metavar="NAME", help="a name (below), a folder in the diffusers layout or a Hub id")
     add("--student", metavar="FOLDER", help="a student's folder or Hub id: to sample from, or to start training from")
-    add("--steps", type=count, help="K of the student (4); with --sample alone, the teacher's own number")
-    add("--resolution", type=count, help="pixels a side (what the teacher was trained at)")
-    add("--guidance", type=number(float), help="classifier-free, of teacher and fake network (4.5; FLUX 1: none)")
-    add("--seed", type=number(int, 0), default=0, help="of prompts, their order and all noise (%(default)s)")
+    add("--steps", type=positive_integer, help="K of the student (4); with --sample alone, the teacher's own number")
+    add("--resolution", type=positive_integer, help="pixels a side (what the teacher was trained at)")
+    add("--guidance", type=finite_number, help="classifier-free, of teacher and fake network (4.5; FLUX 1: none)")
+    add("--seed", type=whole_number, default=0, help="of prompts, their order and all noise (%(default)s)")
     add("--out", type=Path, help="the run's folder (runs/NAME, runs/NAME-data); with --sample, a picture's name")
     add("--device", choices=("cuda", "mps", "cpu"), help="(the first of these that is there)")
     add("--dtype", choices=("bf16", "fp32"), help="of all but the trained weights (cuda bf16, else fp32)")
     add("--random-weights", action="store_true", help="the named teacher at its true size, without a download")
     add("--instruction", type=Path, metavar="FILE", help="SANA: the text that stands before every prompt")
-    add("--tokens", type=count, help="of T5 or Gemma (as the pipeline: 256, 512, 300; the authors train SD3 with 77)")
+    add(
+        "--tokens",
+        type=positive_integer,
+        help="of T5 or Gemma (as the pipeline: 256, 512, 300; the authors train SD3 with 77)",
+    )
 
     add = parser.add_argument_group("distillation").add_argument
     add("--prompts", type=Path, metavar="FILE", help="one prompt a line (composed from a small grammar)")
     add("--data", type=Path, metavar="FOLDER", help="images with captions: adds the adversarial term")
-    add("--iters", type=count, default=2000, help="(%(default)s)")
-    add("--batch", type=count, default=1, help="images of each process at a time (%(default)s)")
-    add("--accumulate", type=count, default=4, help="batches of an iteration (%(default)s; the authors' 256 images)")
-    add("--lora", type=count, metavar="RANK", help="train low-rank adapters on one frozen copy of the weights")
-    add("--lr", type=number(float, 1e-12), help="(1e-6, SANA 5e-6; with --lora ten times that)")
+    add("--iters", type=positive_integer, default=2000, help="(%(default)s)")
+    add("--batch", type=positive_integer, default=1, help="images of each process at a time (%(default)s)")
+    add(
+        "--accumulate",
+        type=positive_integer,
+        default=4,
+        help="batches of an iteration (%(default)s; the authors' 256 images)",
+    )
+    add(
+        "--lora",
+        type=positive_integer,
+        metavar="RANK",
+        help="train low-rank adapters on one frozen copy of the weights",
+    )
+    add("--lr", type=finite_number, help="(1e-6, SANA 5e-6; with --lora ten times that)")
     add("--loss", choices=LOSSES, default="sid", help="of the generator (%(default)s)")
-    add("--alpha", type=number(float), default=1.0, help="of the SiD loss (%(default)s)")
+    add("--alpha", type=finite_number, default=1.0, help="of the SiD loss (%(default)s)")
     add("--weight", choices=WEIGHTS, default="1-t", help="w(t) of the SiD or DMD loss (%(default)s)")
     add("--noise", choices=NOISES, default="fresh", help="between the student's steps (%(default)s)")
-    add("--save-every", type=count, default=250, metavar="N", help="iterations between saves (%(default)s)")
+    add("--save-every", type=positive_integer, default=250, metavar="N", help="iterations between saves (%(default)s)")
     add("--compile", action="store_true", help="torch.compile: minutes at the start, on a GPU faster iterations")
     add("--resume", action="store_true", help="go on where the run in --out was")
-    add("--evaluate-every", type=count, metavar="N", help="measure the student every N iterations, keep the best")
+    add(
+        "--evaluate-every",
+        type=positive_integer,
+        metavar="N",
+        help="measure the student every N iterations, keep the best",
+    )
 
     add = parser.add_argument_group("sampling").add_argument
     add("--sample", action="append", metavar="PROMPT", help="draw this; repeat for more")
@@ -3045,7 +3014,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument_group("evaluation").add_argument
     add("--evaluate", action="store_true", help="a table: the teacher's own sampler, --student at 1, 2 and 4 steps")
     add("--reference", metavar="FOLDER", help="of pictures to be like (the teacher's own samples)")
-    add("--num", type=number(int, 3 * SEEDS), help=f"pictures, {SEEDS} of a prompt (500; with --evaluate-every 64)")
+    add("--num", type=positive_integer, help=f"pictures, {SEEDS} of a prompt (500; with --evaluate-every 64)")
     add("--clip", default="openai/clip-vit-large-patch14", metavar="NAME", help="a folder or Hub id (%(default)s)")
 
     args = parser.parse_args(argv)
@@ -3451,6 +3420,30 @@ def evaluate(args: argparse.Namespace) -> None:
     title = f"{Path(args.teacher).name}{' (random weights)' * args.random_weights}: the same prompts and noise"
     draw_samples(out / "samples.png", drawn, prompts[::world][:4], title)
     print(f"{out}: metrics.json, samples.png")
+
+
+@contextlib.contextmanager
+def one_line_errors() -> Iterator[None]:
+    """Ends a script with one line on standard error in place of a traceback: exit status 2 for bad input, 130 for Ctrl-C,
+    1 for a disk or a device that is full and for a run that diverged (FloatingPointError)."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except BadInput as error:
+        fail(error)
+    except FloatingPointError as error:
+        fail(error, status=1)
+    except KeyboardInterrupt:
+        fail("stopped: what was saved before is whole", status=130)
+    except (OSError, SafetensorError) as error:  # safetensors' error is what a full disk is when it writes
+        if isinstance(error, SafetensorError):
+            reason = str(error)
+        else:
+            reason = f"{error.filename}: {error.strerror}" if error.filename else str(error)
+        fail(f"{reason}; what was saved before is whole", status=1)
+    except torch.OutOfMemoryError:
+        fail("the GPU's memory is full: try a smaller --batch, --resolution or --tokens", status=1)
 
 
 def main(argv: list[str] | None = None) -> None:

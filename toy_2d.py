@@ -28,18 +28,24 @@ from tqdm import tqdm
 import sid_fm
 from sid_fm import (
     SID_LAW,
+    T_END,
+    T_MIN,
     add_noise,
     convert,
-    draw_times,
     fail,
+    finite_number,
     flow_matching_loss,
     generate,
     match_dims,
-    number,
     path_terms,
+    positive_integer,
+    prediction_row,
     pyplot,
+    sample_times,
     say_disk_full,
     sid_loss,
+    time_at,
+    whole_number,
     write,
     write_json,
 )
@@ -108,6 +114,70 @@ MIXTURES: dict[str, Callable[[], Mixture]] = {
     "spirals": spirals,
 }
 
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Recipes: all losses are one loss
+# ----------------------------------------------------------------------------------------------------------------------
+# |prediction error|^2 = c(t) |D^ - x_0|^2. A recipe is a path, what is predicted, its weight w(t) and how t is sampled. So
+# it is one density over log-SNR, and the minimiser is the same for all recipes.
+
+
+class Recipe(NamedTuple):
+    """How a network is trained: `predicts` on `path` under the squared error w(t) |error|^2, times drawn from a law.
+
+    law = (mean, std): log(s/a) is normal, which on Rectified Flow is the logit-normal law; None: t uniform on the path.
+    """
+
+    path: str = "rf"
+    predicts: str = "v"
+    law: tuple[float, float] | None = None
+    weight: Callable[[Tensor], Tensor] = torch.ones_like
+
+
+FLOW_MATCHING = Recipe()
+RECIPES = {  # for data of unit variance; EDM and TrigFlow state theirs for sigma_d = 0.5, which shifts the mean by log 2
+    "DDPM, noise prediction": Recipe("vp", "eps"),
+    "EDM": Recipe("ve", "x0", (-1.2 + math.log(2), 1.2), lambda t: (t**2 + 1) / t**2),
+    "Rectified Flow, uniform t": Recipe("rf", "v"),
+    "Rectified Flow, logit-normal t (SD3)": Recipe("rf", "v", (0.0, 1.0)),
+    "TrigFlow (sCM)": Recipe("trig", "v", (-1.0 + math.log(2), 1.4)),
+    "SiD-DiT's fake network": Recipe("rf", "v", SID_LAW),
+}
+
+
+def loss_factor(t: Tensor, path: str, predicts: str) -> Tensor:
+    """c(t) in |prediction error|^2 = c(t) |D^ - x_0|^2: v (a' - s' a / s)^2, eps (a/s)^2, score (a/s^2)^2, x0 1."""
+    a, s, da, ds = path_terms(t, path)
+    p, q = prediction_row(predicts, a, s, da, ds)
+    return ((a * q - s * p) / s) ** 2
+
+
+def weight_density(recipe: Recipe, log_snr: Tensor) -> Tensor:
+    """pi(lambda) = w~(t) p(t) |dt/dlambda| / Z, the density that a recipe puts on |D^ - x_0|^2 (paper, figure 2).
+
+    w~(t) = w(t) c(t); Z makes it integrate to 1 (trapezoidal rule). lambda = -2 log(s/a). log_snr: [n] -> [n]
+    """
+    path, predicts, law, weight = recipe
+
+    def unnormalised(lam: Tensor) -> Tensor:
+        t = time_at((lam / 4).exp(), (-lam / 4).exp(), path)
+        a, s, da, ds = path_terms(t, path)
+        if law is None:  # |dt/dlambda| = a s / 2 (a s' - a' s)
+            p = a * s / (2 * (a * ds - da * s)) / (T_END[path] - T_MIN)
+        else:
+            p = torch.distributions.Normal(*law).log_prob(-lam / 2).exp() / 2
+        return weight(t) * loss_factor(t, path, predicts) * p
+
+    if law is None:
+        a, s, _, _ = path_terms(torch.tensor([T_END[path], T_MIN]).to(log_snr), path)
+        low, high = (2 * (a / s).clamp(min=1e-13).log()).tolist()
+    else:
+        low, high = -2 * law[0] - 24 * law[1], -2 * law[0] + 24 * law[1]  # twelve standard deviations each way
+    grid = torch.linspace(low, high, 20_001).to(log_snr)
+    inside = (log_snr >= low) & (log_snr <= high)
+    return inside * unnormalised(log_snr) / torch.trapezoid(unnormalised(grid), grid)
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Teacher and students
 # ----------------------------------------------------------------------------------------------------------------------
@@ -150,10 +220,10 @@ class Net(nn.Module):
 # How the teacher is trained on each path, after those who use that path; but for vp's weight, which undoes the a^2 that
 # noise prediction puts on F: where generation starts a is 1/152, and F would stay as good as untrained there.
 TEACHERS = {
-    "rf": sid_fm.FLOW_MATCHING,
-    "trig": sid_fm.RECIPES["TrigFlow (sCM)"],
-    "vp": sid_fm.RECIPES["DDPM, noise prediction"]._replace(weight=lambda t: 1 / path_terms(t, "vp")[0] ** 2),
-    "ve": sid_fm.RECIPES["EDM"],
+    "rf": FLOW_MATCHING,
+    "trig": RECIPES["TrigFlow (sCM)"],
+    "vp": RECIPES["DDPM, noise prediction"]._replace(weight=lambda t: 1 / path_terms(t, "vp")[0] ** 2),
+    "ve": RECIPES["EDM"],
 }
 AVERAGED = 0.3  # share of the iterations, the last ones, over which the student's weights are averaged
 
@@ -172,9 +242,12 @@ def train_teacher(mixture: Mixture, path: str, iters: int, seed: int, tick: Call
     schedule = cosine(optimizer, iters)
     for _ in range(iters):
         x_0 = mixture.sample(1024, rng)
-        e, t = sid_fm.noise_like(x_0, rng), draw_times(len(x_0), recipe.law, path, rng)
-        loss = flow_matching_loss(net(add_noise(x_0, e, t, path), t), x_0, e, t, recipe)
-        sid_fm.update(optimizer, [loss])
+        e, t = sid_fm.noise_like(x_0, rng), sample_times(len(x_0), recipe.law, path, rng)
+        loss = flow_matching_loss(
+            net(add_noise(x_0, e, t, path), t), x_0, e, t, path, recipe.predicts, recipe.weight(t)
+        )
+        loss.backward()
+        sid_fm.take_step(optimizer)
         schedule.step()
         tick(loss.detach())
     return sid_fm.as_rectified_flow(net, path, recipe.predicts)
@@ -257,7 +330,7 @@ def blob() -> Mixture:
 
 def diffused(n: int, path: str, rng: torch.Generator, low: float = 1e-3) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """x_0, e, t, x_t of the blob, t log-uniform between `low` and the path's end (short of pure noise, where a = 0)."""
-    ends = math.log(low), math.log(sid_fm.T_END[path] * (1 - 1e-3))
+    ends = math.log(low), math.log(T_END[path] * (1 - 1e-3))
     t = (ends[0] + (ends[1] - ends[0]) * torch.rand(n, generator=rng)).exp()
     x_0 = blob().sample(n, rng)
     e = sid_fm.noise_like(x_0, rng)
@@ -275,8 +348,8 @@ def in_standard_errors(samples: Tensor, expected: Tensor | float = 0.0) -> float
 
 def check_posterior_mean(rng: torch.Generator) -> Iterator[Check]:
     errors = {"x0": [], "v": []}
-    for path, ratio in itertools.product(sid_fm.T_END, (0.3, 1.0, 3.0)):
-        t = sid_fm.time_at(torch.ones(1), torch.tensor([ratio]), path)
+    for path, ratio in itertools.product(T_END, (0.3, 1.0, 3.0)):
+        t = time_at(torch.ones(1), torch.tensor([ratio]), path)
         a, s, da, ds = path_terms(t, path)
         x_t = add_noise(blob().sample(1, rng), torch.randn(1, 2, generator=rng), t, path)
         x_0 = blob().sample(100_000, rng)  # importance sampling: p(x_0 | x_t) goes as p(x_0) N(x_t; a x_0, s^2)
@@ -290,7 +363,7 @@ def check_posterior_mean(rng: torch.Generator) -> Iterator[Check]:
 
 
 def check_tweedie(rng: torch.Generator) -> Iterator[Check]:
-    for path in sid_fm.T_END:
+    for path in T_END:
         _, _, t, x_t = diffused(2000, path, rng)
         x_t.requires_grad_()
         (slope,) = torch.autograd.grad(blob().log_prob(x_t, t, path).sum(), x_t)
@@ -303,7 +376,7 @@ def check_tweedie(rng: torch.Generator) -> Iterator[Check]:
 
 def check_convert(rng: torch.Generator) -> Iterator[Check]:
     kinds = ("x0", "eps", "v", "score")
-    for path, end in sid_fm.T_END.items():
+    for path, end in T_END.items():
         times, errors = torch.logspace(-3, math.log10(end), 200).clamp(max=end), []
         for src, dst in itertools.product(kinds, kinds):
             # at a = 0 eps and the score say nothing of x_0
@@ -317,7 +390,7 @@ def check_convert(rng: torch.Generator) -> Iterator[Check]:
             terms = pred.abs() + of_x_back * x_t.abs() + gain * (there.abs() + of_x * x_t.abs())  # added and cancelled
             errors.append(largest(back - pred, EPS * terms))
         yield Check(f"convert: round trips among x0, eps, v, score, all 16 pairs ({path})", max(errors), 64, ROUNDING)
-    for path in sid_fm.T_END:
+    for path in T_END:
         _, _, t, x_t = diffused(1000, path, rng, low=0.05)
         x_t.requires_grad_(), t.requires_grad_()
         score, dt = torch.autograd.grad(blob().log_prob(x_t, t, path).sum(), (x_t, t))
@@ -332,12 +405,12 @@ def check_convert(rng: torch.Generator) -> Iterator[Check]:
 def check_loss_factors(rng: torch.Generator) -> Iterator[Check]:
     for kind in ("v", "eps", "score"):
         errors = []
-        for path in sid_fm.T_END:
+        for path in T_END:
             x_0, e, t, x_t = diffused(2000, path, rng)
             guess = torch.randn(x_0.shape, generator=rng)
             terms = path_terms(match_dims(t, x_0), path)
-            p, q, _ = sid_fm.prediction_row(kind, *terms)
-            root_c = sid_fm.loss_factor(match_dims(t, x_0), path, kind).sqrt()
+            p, q = prediction_row(kind, *terms)
+            root_c = loss_factor(match_dims(t, x_0), path, kind).sqrt()
             error = (convert(guess, x_t, t, path, "x0", kind) - (p * x_0 + q * e)).abs() - root_c * (guess - x_0).abs()
             a, s, _, _ = terms
             unit = root_c * (guess.abs() + x_0.abs() + (s * e / a).abs()) + (p * x_0).abs() + (q * e).abs()
@@ -356,13 +429,13 @@ def least_squares(X: Tensor, y: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
 def check_weight_density(rng: torch.Generator) -> Iterator[Check]:
     lam = torch.linspace(-25, 25, 100_001)
     whole, drawn, closed, moved, minimiser = ([] for _ in range(5))
-    for recipe in sid_fm.RECIPES.values():
+    for recipe in RECIPES.values():
         path, predicts, law, _ = recipe
-        pi = sid_fm.weight_density(recipe, lam)
+        pi = weight_density(recipe, lam)
         whole.append(abs(float(torch.trapezoid(pi, lam)) - 1) / float((lam[1] - lam[0]) * pi.max()))
         # times really drawn: where every |D^ - x_0|^2 weighs the same, pi is the law of lambda
-        plain = sid_fm.weight_density(recipe._replace(predicts="x0", weight=torch.ones_like), lam)
-        a, s, _, _ = path_terms(draw_times(100_000, law, path, rng), path)
+        plain = weight_density(recipe._replace(predicts="x0", weight=torch.ones_like), lam)
+        a, s, _, _ = path_terms(sample_times(100_000, law, path, rng), path)
         for power in (1, 2):
             expected = torch.trapezoid(plain * lam**power, lam)
             drawn.append(in_standard_errors((2 * (a / s).log()).clamp(-25, 25) ** power, expected))
@@ -371,28 +444,28 @@ def check_weight_density(rng: torch.Generator) -> Iterator[Check]:
             Z = 1 + cross * math.exp(-law[0] + law[1] ** 2 / 2) + math.exp(-2 * law[0] + 2 * law[1] ** 2)
             normal = torch.distributions.Normal(*law).log_prob(-lam / 2).exp() / 2
             exact = (1 + cross * (lam / 2).exp() + lam.exp()) * normal / Z
-            on_path = lam > -2 * math.log(sid_fm.T_END["ve"]) if path == "ve" else slice(None)
+            on_path = lam > -2 * math.log(T_END["ve"]) if path == "ve" else slice(None)
             closed.append(largest((pi - exact)[on_path], exact.max()))
         else:  # the same recipe told on TrigFlow: p(u) = p(t) |dt/du|, by autograd of the equal-SNR map
-            a, s, _, _ = path_terms(torch.tensor([sid_fm.T_MIN, sid_fm.T_END[path]]), path)
-            ends = sid_fm.time_at(a, s, "trig").log().tolist()
+            a, s, _, _ = path_terms(torch.tensor([T_MIN, T_END[path]]), path)
+            ends = time_at(a, s, "trig").log().tolist()
             u = torch.linspace(*ends, 20_001).exp().requires_grad_()
-            t = sid_fm.time_at(u.cos(), u.sin(), path)
+            t = time_at(u.cos(), u.sin(), path)
             (dt_du,) = torch.autograd.grad(t.sum(), u)
-            u, there = u.detach(), sid_fm.loss_factor(t.detach(), path, predicts) * dt_du
+            u, there = u.detach(), loss_factor(t.detach(), path, predicts) * dt_du
             there = there / torch.trapezoid(there, u) * u.cos() * u.sin() / 2  # |du/dlambda| = cos u sin u / 2
-            here = sid_fm.weight_density(recipe, 2 * (u.cos() / u.sin()).log())
+            here = weight_density(recipe, 2 * (u.cos() / u.sin()).log())
             moved.append(largest((there - here)[1:-1], here.max()))
     # for data N(m, sigma^2), D = sigma^2 f_1 + m f_2 is linear in (sigma^2, m): one model that two recipes can fit
     m, sigma = 0.7, 0.5
     for name in ("EDM", "Rectified Flow, logit-normal t (SD3)"):
-        path, predicts, law, weight = sid_fm.RECIPES[name]
-        t = draw_times(100_000, law, path, rng)
+        path, predicts, law, weight = RECIPES[name]
+        t = sample_times(100_000, law, path, rng)
         a, s, _, _ = path_terms(t, path)
         x_0, e = torch.randn(2, len(t), generator=rng)
         x_0 = m + sigma * x_0
         features = torch.stack([a * (a * x_0 + s * e), s**2], 1) / ((a * sigma) ** 2 + s**2)[:, None]
-        theta, error = least_squares(features, x_0, weight(t) * sid_fm.loss_factor(t, path, predicts))
+        theta, error = least_squares(features, x_0, weight(t) * loss_factor(t, path, predicts))
         minimiser.append(largest(theta - torch.tensor([sigma**2, m]), error))
     yield Check("pi(lambda) of every known recipe integrates to 1", max(whole), 1, "grid cells, where pi jumps")
     yield Check("times drawn for a recipe follow its density over log-SNR", max(drawn), 5, SE)
@@ -437,7 +510,7 @@ def check_fake_network(rng: torch.Generator) -> Iterator[Check]:
     # psi* of an affine generator is D = s^2 f_1 + m . f_2, as above: a fake network whose weights are (s^2, m)
     n, s, m = 20_000, 0.6, torch.tensor([0.4, -0.3])
     x_g, e = m + s * torch.randn(n, 2, generator=rng), torch.randn(n, 2, generator=rng)
-    t = draw_times(n, SID_LAW, rng=rng)
+    t = sample_times(n, SID_LAW, rng=rng)
     x_t, a, b = add_noise(x_g, e, t), 1 - t[:, None], t[:, None]
     f_1, f_2 = a * x_t / ((a * s) ** 2 + b**2), b**2 / ((a * s) ** 2 + b**2)
     psi = torch.tensor([1.0, 0.0, 0.0], requires_grad=True)
@@ -657,7 +730,7 @@ def check_sid_loss(rng: torch.Generator) -> Iterator[Check]:
     errors = []
     for alpha, weight in itertools.product((0.0, 0.5, 1.0, 1.2), sid_fm.WEIGHTS):
         inputs = [torch.randn(7, 3, generator=rng).requires_grad_() for _ in range(3)]
-        t = draw_times(7, SID_LAW, rng=rng)
+        t = sample_times(7, SID_LAW, rng=rng)
         loss = sid_loss(*inputs, t, alpha, weight)
         loss.backward()
         x, phi, psi = (tensor.detach() for tensor in inputs)
@@ -681,7 +754,7 @@ def check_sid_loss(rng: torch.Generator) -> Iterator[Check]:
         errors.append(largest(loss - value, unit))
     claim = "sid_loss = the formulas written out, 4 alphas x 7 weights, values and gradients"
     yield Check(claim, max(errors), 64, "roundings")
-    net, z, t = Net(), torch.randn(16, 2, generator=rng), draw_times(16, SID_LAW, rng=rng)
+    net, z, t = Net(), torch.randn(16, 2, generator=rng), sample_times(16, SID_LAW, rng=rng)
     phi, psi = Net().requires_grad_(False), Net().requires_grad_(False)
     flows = []
     for cut in (False, True):  # cut: x_t without its gradient
@@ -878,8 +951,8 @@ def draw_densities(out: Path) -> None:
     plt = pyplot()
     figure, axis = plt.subplots(figsize=(8, 4.4))
     lam = torch.linspace(-15, 20, 2000).double()
-    for (name, recipe), color in zip(sid_fm.RECIPES.items(), (GREY, GREEN, INK, BLUE, GOLD, RED)):
-        axis.plot(lam, sid_fm.weight_density(recipe, lam), color=color, label=name, linewidth=2)
+    for (name, recipe), color in zip(RECIPES.items(), (GREY, GREEN, INK, BLUE, GOLD, RED)):
+        axis.plot(lam, weight_density(recipe, lam), color=color, label=name, linewidth=2)
     axis.set(
         xlabel=r"log-SNR  $\lambda = \log(a^2/s^2)$:  noise left, data right", ylabel=r"$\pi(\lambda)$", ylim=(0, 0.27)
     )
@@ -1218,14 +1291,14 @@ def parse() -> argparse.Namespace:
     parser.error = fail
     add = parser.add_argument
     add("--mixture", choices=MIXTURES, default="ring", help="the data (%(default)s)")
-    add("--steps", type=number(int, 1), default=4, help="K of the few-step student (%(default)s)")
+    add("--steps", type=positive_integer, default=4, help="K of the few-step student (%(default)s)")
     add("--loss", choices=sid_fm.LOSSES, default="sid", help="of the students; the other one is a row for comparison")
-    add("--alpha", type=number(float), default=1.0, help="of the SiD loss (%(default)s)")
+    add("--alpha", type=finite_number, default=1.0, help="of the SiD loss (%(default)s)")
     add("--weight", choices=sid_fm.WEIGHTS, default="1/t", help="w(t) of the SiD or DMD loss (%(default)s)")
     add("--noise", choices=sid_fm.NOISES, default="fresh", help="between the student's steps (%(default)s)")
-    add("--path", choices=sid_fm.T_END, default="rf", help="on which the teacher is trained (%(default)s)")
-    add("--iters", type=number(int, 1), help="of distillation (2000; with --quick 300, with --sweep 1000)")
-    add("--seed", type=number(int, 0), default=0, help="fixes everything (%(default)s)")
+    add("--path", choices=T_END, default="rf", help="on which the teacher is trained (%(default)s)")
+    add("--iters", type=positive_integer, help="of distillation (2000; with --quick 300, with --sweep 1000)")
+    add("--seed", type=whole_number, default=0, help="fixes everything (%(default)s)")
     add("--out", type=Path, default=Path("runs/toy_2d"), help="folder of the figures (%(default)s)")
     add("--quick", action="store_true", help="a short run, 25 s")
     only = parser.add_mutually_exclusive_group()

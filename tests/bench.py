@@ -54,7 +54,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from statistics import median
 from unittest import mock
@@ -152,21 +152,23 @@ def authors_order(
 
     def generate_and_noise(cond: dict, k: int) -> tuple[Tensor, ...]:
         x_g = sid_fm.generate(generator, sid_fm.noise_like(like, rng), cond, steps, stop_after=k, rng=rng)
-        e, t = sid_fm.noise_like(like, rng), sid_fm.draw_times(shape[0], sid_fm.SID_LAW, rng=rng).to(like)
+        e, t = sid_fm.noise_like(like, rng), sid_fm.sample_times(shape[0], sid_fm.SID_LAW, rng=rng).to(like)
         return x_g, e, t, sid_fm.add_noise(x_g, e, t)
 
     for iteration, (cond, _) in zip(range(iters), batches):
-        k = sid_fm.draw_k(steps, iteration, rng)
+        k = sid_fm.sample_k(steps, iteration, rng)
         sid_fm.set_trainable(fake_optimizer, True)
         with torch.no_grad():
             x_g, e, t, x_t = generate_and_noise(cond, k)
-        sid_fm.update(fake_optimizer, [sid_fm.flow_matching_loss(velocity(fake, x_t, t, cond), x_g, e, t)])
+        sid_fm.flow_matching_loss(velocity(fake, x_t, t, cond), x_g, e, t).backward()
+        sid_fm.take_step(fake_optimizer)
         sid_fm.set_trainable(fake_optimizer, False)
         x_g, e, t, x_t = generate_and_noise(cond, k)
         v_fake, v_real = velocity(fake, x_t, t, cond), velocity(teacher, x_t, t, cond)
         d_real, d_fake = (sid_fm.convert(v, x_t, t, "rf", "v", "x0") for v in (v_real, v_fake))
         loss = sid_fm.sid_loss(x_g, d_real, d_fake, t)
-        sid_fm.update(student_optimizer, [100 * loss])
+        (100 * loss).backward()
+        sid_fm.take_step(student_optimizer)
         yield loss.detach()
 
 
@@ -258,7 +260,7 @@ class Bench:
             optimizers = tuple(torch.optim.SGD(net.parameters()) for net in nets[1:])
         rng, seeds = torch.default_generator if meta else torch.Generator(device), {}
         for seed in range(100 * steps):  # seeds[k]: one with which the loop draws k
-            seeds.setdefault(sid_fm.draw_k(steps, 0, rng.manual_seed(seed)), seed)
+            seeds.setdefault(sid_fm.sample_k(steps, 0, rng.manual_seed(seed)), seed)
         settings = {"steps": steps, "guidance": self.guidance, "uncond": uncond, "iters": 1}
         settings["rng"] = None if meta else rng
 
@@ -273,13 +275,8 @@ class Bench:
         """Floating-point operations of an iteration, mean over k, in which they are linear: of the first and the last."""
         mapping = {torch.ops.aten.convolution_backward: convolution_backward}
 
-        def backward(optimizer: torch.optim.Optimizer, losses: Iterable[Tensor]) -> int:
-            for loss in losses:
-                loss.backward()
-            return 0
-
         counter = FlopCounterMode(display=False, custom_mapping=mapping)
-        with counter, mock.patch.object(sid_fm, "update", backward):
+        with counter, mock.patch.object(sid_fm, "take_step", lambda optimizer: 0):
             run = self.runner(contestant, batch, size, steps, "meta")
             run(0), run(steps - 1)
         return counter.get_total_flops() / 2
@@ -302,7 +299,7 @@ class Bench:
     def split(self, run: Callable[[int], None]) -> dict[str, float]:
         """Seconds of an iteration that go to generation (of both updates, forward), and to each update's rest."""
         laps, after = {"generation": 0.0, "fake update": 0.0, "generator update": 0.0}, itertools.cycle((1, 2))
-        generate, update, last = sid_fm.generate, sid_fm.update, [now(self.device)]
+        generate, take_step, last = sid_fm.generate, sid_fm.take_step, [now(self.device)]
 
         def lap(name: str) -> None:
             laps[name] += now(self.device) - last[0]
@@ -313,12 +310,12 @@ class Bench:
             lap("generation")
             return x_g
 
-        def timed_update(*inputs: object) -> Tensor:
-            skipped = update(*inputs)
+        def timed_step(optimizer: torch.optim.Optimizer) -> Tensor:
+            skipped = take_step(optimizer)
             lap(list(laps)[next(after)])
             return skipped
 
-        with mock.patch.object(sid_fm, "generate", timed_generate), mock.patch.object(sid_fm, "update", timed_update):
+        with mock.patch.object(sid_fm, "generate", timed_generate), mock.patch.object(sid_fm, "take_step", timed_step):
             for i in range(self.args.steps):
                 run(i)
         return {name: spent / self.args.steps for name, spent in laps.items()}

@@ -281,11 +281,11 @@ def quiet(monkeypatch):
 
 def test_a_run_measures_itself_and_is_the_run_that_it_would_be(command, quiet, tmp_path, capsys, monkeypatch):
     """--evaluate-every changes no number of the run, keeps the best student, and nothing of it stays on the device."""
-    places, update, distill = [], sid_fm.update, sid_fm.distill
+    places, take_step, distill = [], sid_fm.take_step, sid_fm.distill
     monkeypatch.setattr(sid_fm.nn.Module, "to", record(places, sid_fm.nn.Module.to))
     sid_fm.main(command(*TRAIN, "--out", tmp_path / "plain"))
     assert "evaluation took" not in capsys.readouterr().out
-    monkeypatch.setattr(sid_fm, "update", lambda *args: places.append("update") or update(*args))
+    monkeypatch.setattr(sid_fm, "take_step", lambda *args: places.append("update") or take_step(*args))
     monkeypatch.setattr(sid_fm, "distill", distill)
     places.clear()
     sid_fm.main(command(*TRAIN, "--evaluate-every", 2, "--out", tmp_path / "measured"))
@@ -360,7 +360,7 @@ def test_bad_input_is_one_line(command, pipeline, clip_folder, files, tmp_path, 
     arguments, says = {
         "no student": (["--evaluate"], "give --student FOLDER"),
         "with a sample": ([*student, "--evaluate", "--sample", "a fox"], "one at a time"),
-        "few": ([*student, "--evaluate", "--num", 8], "--num: needs a whole number, 12 or more"),
+        "few": ([*student, "--evaluate", "--num", 8], "an evaluation needs 3 prompts or more"),
         "few prompts": ([*student, "--evaluate"], "needs 3 prompts or more, not 2"),
         "no clip": ([*student, "--evaluate", "--clip", "nowhere/clip"], "nowhere/clip is not in the cache"),
         "another network": ([*student, "--evaluate", "--clip", pipeline("sana") / "text_encoder"], "text_encoder"),

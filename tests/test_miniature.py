@@ -65,7 +65,7 @@ def train_teacher(folder, data, seed, iters=400, batch=32):
         optimizer.param_groups[0]["lr"] = 1e-2 * min(1, i / 20) * math.cos(math.pi / 2 * i / iters) ** 2
         prompt = torch.randint(len(PROMPTS), (batch,), generator=draws)
         x_0 = data.sample(prompt, draws)
-        e, t = sid_fm.noise_like(x_0, draws), sid_fm.draw_times(batch, None, rng=draws)
+        e, t = sid_fm.noise_like(x_0, draws), sid_fm.sample_times(batch, None, rng=draws)
         prompt = torch.where(torch.rand(batch, generator=draws) < 0.1, len(PROMPTS), prompt)
         v = teacher.dit(sid_fm.add_noise(x_0, e, t), t, {key: value[prompt] for key, value in conds.items()})
         sid_fm.update(optimizer, [sid_fm.flow_matching_loss(v, x_0, e, t)])

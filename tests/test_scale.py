@@ -144,7 +144,8 @@ def test_small_updates_are_kept_where_bf16_weights_lose_them():
         for i in range(20):
             y = net(torch.randn(8, 64, generator=torch.Generator().manual_seed(i)).bfloat16())
             assert y.dtype == torch.bfloat16
-            sid_fm.update(optimizer, [y.float().square().sum()])
+            y.float().square().sum().backward()
+            sid_fm.take_step(optimizer)
         moved[dtype] = (net.weight != before).float().mean()
     assert moved[torch.bfloat16] == 0 and moved[torch.float32] > 0.99
 
@@ -211,7 +212,8 @@ def test_adam_of_gradients_is_adam_in_half_the_memory(fused):
     for i in range(4):
         for net, optimizer in zip(nets, (ours, theirs)):
             x_t, t, cond = inputs(2, seed=i)
-            sid_fm.update(optimizer, [net(x_t, t, cond).square().sum()])
+            net(x_t, t, cond).square().sum().backward()
+            sid_fm.take_step(optimizer)
     assert all(torch.equal(a, b) for a, b in zip(*(net.parameters() for net in nets), strict=True))
     moments = [
         sum(x.numel() for state in optimizer.state.values() for x in state.values()) for optimizer in (ours, theirs)
@@ -296,7 +298,8 @@ def test_an_update_without_a_finite_gradient_is_skipped(kind, fused):
     optimizer = kind(net.parameters(), lr=0.1, fused=fused)
     for factor, skipped in ((1.0, 0), (float("nan"), 1), (float("inf"), 1), (1.0, 0)):
         before = copy.deepcopy((net.state_dict(), optimizer.state_dict()["state"]))
-        assert sid_fm.update(optimizer, [(factor * net(torch.ones(4, 3))).sum()]) == skipped
+        (factor * net(torch.ones(4, 3))).sum().backward()
+        assert sid_fm.take_step(optimizer) == skipped
         same = torch.equal(net.weight, before[0]["weight"])
         assert same == bool(skipped)
         if skipped:
@@ -409,7 +412,7 @@ def test_draws_of_processes_are_rows_of_one():
         rng.rank, rng.world = rank, world
         rng.manual_seed(3)
         x = torch.empty(4 // world, 2)
-        return torch.cat([sid_fm.noise_like(x, rng), sid_fm.draw_times(4 // world, None, rng=rng)[:, None]], 1)
+        return torch.cat([sid_fm.noise_like(x, rng), sid_fm.sample_times(4 // world, None, rng=rng)[:, None]], 1)
 
     assert torch.equal(torch.cat([draw(0, 2), draw(1, 2)]), draw(0, 1))
 

@@ -63,8 +63,8 @@ FAULTS = [
     (toy_2d.check_tweedie, toy_2d, "convert", scaled),
     (toy_2d.check_convert, toy_2d, "convert", scaled),
     (toy_2d.check_loss_factors, toy_2d, "convert", scaled),
-    (toy_2d.check_weight_density, sid_fm, "weight_density", lambda f: lambda recipe, lam: f(recipe, lam + 0.01)),
-    (toy_2d.check_weight_density, toy_2d, "draw_times", lambda f: lambda *args: 0.98 * f(*args)),
+    (toy_2d.check_weight_density, toy_2d, "weight_density", lambda f: lambda recipe, lam: f(recipe, lam + 0.01)),
+    (toy_2d.check_weight_density, toy_2d, "sample_times", lambda f: lambda *args: 0.98 * f(*args)),
     (toy_2d.check_equal_snr, sid_fm, "equal_snr", lambda f: lambda *args: (f(*args)[0] * (1 + 1e-9), f(*args)[1])),
     (toy_2d.check_equal_snr, sid_fm, "as_rectified_flow", lambda f: lambda net, *args: scaled(f(net, *args))),
     (toy_2d.check_score_identity, toy_2d.Mixture, "posterior_mean", lambda f: lambda *args: 0.97 * f(*args)),
@@ -75,7 +75,6 @@ FAULTS = [
     (toy_2d.check_fake_network, toy_2d, "flow_matching_loss", lambda f: lambda v, x_0, e, t: f(v, 0.9 * x_0, e, t)),
     (toy_2d.check_sid_loss, toy_2d, "sid_loss", with_alpha),
     (toy_2d.check_sid_loss, toy_2d, "sid_loss", with_half_the_gradient),
-    (toy_2d.check_generate, sid_fm, "add_noise", scaled),
     (toy_2d.check_generate, toy_2d, "generate", scaled),
 ]
 
@@ -87,6 +86,18 @@ def test_a_check_fails_on_a_fault(monkeypatch, check, home, name, fault):
     """Each check notices a small fault in what it makes a claim about."""
     monkeypatch.setattr(home, name, fault(getattr(home, name)))
     assert [result for result in toy_2d.run_check(check) if not result.ok]
+
+
+def test_weight_density_is_zero_outside_a_uniform_law():
+    lam = torch.tensor([-80.0, 0.0, 2 * math.log(1 / sid_fm.T_MIN)])
+    pi = toy_2d.weight_density(toy_2d.FLOW_MATCHING, lam)
+    assert pi[0] == 0 and pi[1] > 0 and pi[2] == 0
+
+
+@pytest.mark.parametrize("path", sid_fm.T_END)
+def test_a_density_is_finite_in_float32(path):
+    density = toy_2d.weight_density(toy_2d.Recipe(path, "v"), torch.linspace(-10, 10, 9))
+    assert density.isfinite().all() and density.max() > 0
 
 
 @pytest.mark.parametrize("name", toy_2d.MIXTURES)
@@ -222,11 +233,11 @@ def test_check_alone_reports_and_a_failed_claim_is_exit_status_1(monkeypatch, ca
 @pytest.mark.parametrize(
     ("args", "says"),
     [
-        (("--steps", "0"), "--steps: needs a whole number, 1 or more"),
+        (("--steps", "0"), "--steps: invalid positive_integer value"),
         (("--iters", "-3"), "--iters"),
         (("--seed", "99999999999999999999"), "--seed"),
-        (("--alpha", "nan"), "--alpha: needs a number"),
-        (("--alpha", "one"), "--alpha: needs a number"),
+        (("--alpha", "nan"), "--alpha: invalid finite_number value"),
+        (("--alpha", "one"), "--alpha: invalid finite_number value"),
         (("--check", "--sweep"), "not allowed with"),
         (("--mixture", "square"), "invalid choice: 'square'"),
         (("--colour",), "unrecognized arguments: --colour"),
