@@ -423,10 +423,14 @@ def backward(loss: Tensor, net: nn.Module, last: bool) -> None:
 def take_step(optimizer: torch.optim.Optimizer) -> Tensor:
     """One optimizer step, skipped where the gradient is not finite. Clears the gradients.
 
-    Returns 1 if it was skipped, else 0, as a tensor on the device. Fused optimizers, and Adam of chapter 8, read it there;
+    Returns 1 if it was skipped, else 0, as a tensor on the device. Fused optimizers, and Float32Adam of chapter 8, read it there;
     others make the host wait.
     """
-    gradients = [w.grad for group in optimizer.param_groups for w in group["params"] if w.grad is not None]
+    weights = [w for group in optimizer.param_groups for w in group["params"]]
+    gradients = [
+        optimizer.state[w].get("gradient", w.grad) for w in weights
+    ]  # a sum that the optimizer keeps, or torch's
+    gradients = [gradient for gradient in gradients if gradient is not None]
     norm = torch.nn.utils.get_total_norm(gradients)
     norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # over all processes' shards
     skipped = (~norm.isfinite()).float()
@@ -574,73 +578,6 @@ def sinusoidal(t: Tensor) -> Tensor:
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
 
-def suits_onednn(x: Tensor, weight: Tensor) -> bool:
-    """Whether oneDNN is to multiply: in float32 on a CPU, where rows, inputs and outputs are 128 or more (with fewer, the
-    call costs about what it gains). On x86 torch takes MKL, for which AMD's CPUs need twice the time. Off where
-    torch.backends.mkldnn is."""
-    if x.device.type != "cpu" or x.dtype != torch.float32 or torch.compiler.is_compiling():
-        return False
-    large = min(x.numel() // max(x.shape[-1], 1), *weight.shape) >= 128
-    return large and torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled
-
-
-def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """x W^T + b in the dtype of x. [..., D], [E, D], [E] -> [..., E]"""
-    weight, bias = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
-    if suits_onednn(x, weight):
-        bias = None if bias is None else bias.contiguous()  # its strides would be ignored
-        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
-    return F.linear(x, weight, bias)
-
-
-class Product(torch.autograd.Function):
-    """product, its gradients as products too. Autograd would keep a weight that was cast until the backward, and so a copy
-    of a whole network; this casts it again."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight)
-        return product(x, weight, bias)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight = ctx.saved_tensors
-        rows, (for_x, for_weight, for_bias) = grad.flatten(0, -2), ctx.needs_input_grad
-        grad_weight = None
-        if for_weight and grad.is_cuda:  # written in float32, as it is summed
-            grad_weight = torch.mm(rows.T, x.flatten(0, -2), out_dtype=weight.dtype)
-        elif for_weight:
-            grad_weight = linear(rows.T, x.flatten(0, -2).T).to(weight.dtype)
-        return (
-            linear(grad, weight.T) if for_x else None,
-            grad_weight,
-            rows.sum(0, dtype=weight.dtype) if for_bias else None,
-        )
-
-
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """product, with the gradients of Product where torch's own would not do."""
-    own_gradient = torch.is_grad_enabled() and (x.dtype != weight.dtype or suits_onednn(x, weight))
-    return (Product.apply if own_gradient else product)(x, weight, bias)
-
-
-class Linear(nn.Linear):
-    """x W^T + b in the dtype of x."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return linear(x, self.weight, self.bias)
-
-
-class Conv2d(nn.Conv2d):
-    """A convolution in the dtype of x. [B, C, h, w]. One of 1 x 1 has stride 1, no padding and one group."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.kernel_size == (1, 1):  # a product; where the image was tokens, a pixel's channels lie side by side
-            return linear(x.movedim(1, -1), self.weight.flatten(1), self.bias).movedim(-1, 1)
-        bias = None if self.bias is None else self.bias.to(x.dtype)
-        return F.conv2d(x, self.weight.to(x.dtype), bias, self.stride, self.padding, self.dilation, self.groups)
-
-
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     """Adaptive layer norm: LN(x) (1 + scale) + shift. x: [B, N, D]; shift, scale: [B, 1, D]"""
     return torch.addcmul(shift, F.layer_norm(x, x.shape[-1:], eps=1e-6), 1 + scale)
@@ -662,8 +599,8 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         unit = torch.rsqrt(x.float().square().mean(-1, keepdim=True) + self.eps)
-        y = (x * unit).to(x.dtype) * self.weight.to(x.dtype)
-        return y if self.bias is None else y + self.bias.to(x.dtype)
+        y = (x * unit).to(x.dtype) * self.weight
+        return y if self.bias is None else y + self.bias
 
 
 class PatchEmbed(nn.Module):
@@ -671,7 +608,7 @@ class PatchEmbed(nn.Module):
 
     def __init__(self, channels: int, dim: int, patch_size: int, max_size: int = 0, base_size: int = 0):
         super().__init__()
-        self.proj = Conv2d(channels, dim, patch_size, patch_size)
+        self.proj = nn.Conv2d(channels, dim, patch_size, patch_size)
         self.max_size, self.base_size = max_size, base_size
         if max_size:
             self.register_buffer("pos_embed", torch.empty(1, max_size**2, dim))
@@ -700,7 +637,7 @@ class PatchEmbed(nn.Module):
                 f"{rows} x {columns} patches: the table of positions has {self.max_size} x {self.max_size}"
             )
         table = self.pos_embed.unflatten(1, (self.max_size, self.max_size))[:, top : top + rows, left : left + columns]
-        return tokens + table.flatten(1, 2).to(tokens.dtype)
+        return tokens + table.flatten(1, 2)
 
 
 class Chain(nn.Sequential):
@@ -712,7 +649,7 @@ class Chain(nn.Sequential):
 
 def embedder(dim_in: int, dim: int, activation: nn.Module | None = None) -> Chain:
     """linear, activation, linear: of time, guidance, pooled text, captions."""
-    return Chain(linear_1=Linear(dim_in, dim), act=activation or nn.SiLU(), linear_2=Linear(dim, dim))
+    return Chain(linear_1=nn.Linear(dim_in, dim), act=activation or nn.SiLU(), linear_2=nn.Linear(dim, dim))
 
 
 class Conditioning(nn.Module):
@@ -736,15 +673,15 @@ class Modulation(nn.Module):
 
     def __init__(self, dim: int, n: int):
         super().__init__()
-        self.n, self.linear = n, Linear(dim, n * dim)
+        self.n, self.linear = n, nn.Linear(dim, n * dim)
 
     def forward(self, c: Tensor) -> tuple[Tensor, ...]:
         return self.linear(F.silu(c))[:, None].chunk(self.n, dim=-1)
 
 
 def feed_forward(dim: int) -> Chain:
-    wide = Chain(proj=Linear(dim, 4 * dim), act=nn.GELU("tanh"))
-    return Chain(net=nn.Sequential(wide, nn.Identity(), Linear(4 * dim, dim)))
+    wide = Chain(proj=nn.Linear(dim, 4 * dim), act=nn.GELU("tanh"))
+    return Chain(net=nn.Sequential(wide, nn.Identity(), nn.Linear(4 * dim, dim)))
 
 
 def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
@@ -769,12 +706,12 @@ class JointAttention(nn.Module):
     ):
         super().__init__()
         self.heads = heads
-        self.to_q, self.to_k, self.to_v = (Linear(dim, dim) for _ in range(3))
-        self.to_out = nn.ModuleList([Linear(dim, dim)]) if out else None
+        self.to_q, self.to_k, self.to_v = (nn.Linear(dim, dim) for _ in range(3))
+        self.to_out = nn.ModuleList([nn.Linear(dim, dim)]) if out else None
         self.norm_q, self.norm_k = norm(dim // heads), norm(dim // heads)
         if context:
-            self.add_q_proj, self.add_k_proj, self.add_v_proj = (Linear(dim, dim) for _ in range(3))
-            self.to_add_out = None if last else Linear(dim, dim)
+            self.add_q_proj, self.add_k_proj, self.add_v_proj = (nn.Linear(dim, dim) for _ in range(3))
+            self.to_add_out = None if last else nn.Linear(dim, dim)
             self.norm_added_q, self.norm_added_k = norm(dim // heads), norm(dim // heads)
 
     def forward(
@@ -841,12 +778,11 @@ class Backbone(nn.Module):
 
     FIXED: ClassVar = {}
     guidance = 1.0
-    compute: torch.dtype | None = None
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of activations and products: the weights' own, unless compute_in (chapter 8) set another."""
-        return self.compute or self.proj_out.weight.dtype
+        """Of the weights, and so of activations and products."""
+        return self.proj_out.weight.dtype
 
     def guidance_of(self, cond: dict, t: Tensor) -> Tensor:
         return cond["guidance"] if "guidance" in cond else torch.full_like(t, self.guidance)
@@ -886,13 +822,13 @@ class MMDiT(Backbone):
         self.patch_size, self.max_size = patch_size, pos_embed_max_size
         self.pos_embed = PatchEmbed(in_channels, dim, patch_size, pos_embed_max_size, sample_size // patch_size)
         self.time_text_embed = Conditioning(dim, pooled_projection_dim)
-        self.context_embedder = Linear(joint_attention_dim, dim)
+        self.context_embedder = nn.Linear(joint_attention_dim, dim)
         self.transformer_blocks = nn.ModuleList(
             JointBlock(dim, num_attention_heads, norm, i in dual_attention_layers, i == num_layers - 1)
             for i in range(num_layers)
         )
         self.norm_out = Modulation(dim, 2)
-        self.proj_out = Linear(dim, patch_size**2 * in_channels)
+        self.proj_out = nn.Linear(dim, patch_size**2 * in_channels)
 
     def forward(self, x_t: Tensor, t: Tensor, cond: dict, features: bool = False):
         x = self.pos_embed(x_t.to(self.dtype))
@@ -904,14 +840,7 @@ class MMDiT(Backbone):
         return self.velocity(modulate(x, shift, scale), x_t, features)
 
 
-class FluxNorm(nn.RMSNorm):
-    """torch's RMS norm, which rounds once, in the dtype of x."""
-
-    def __init__(self, dim: int):
-        super().__init__(dim, eps=1e-6)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
+flux_norm = partial(nn.RMSNorm, eps=1e-6)  # torch's own rounds once, in the dtype of x
 
 
 class SingleBlock(nn.Module):
@@ -920,9 +849,9 @@ class SingleBlock(nn.Module):
     def __init__(self, dim: int, heads: int):
         super().__init__()
         self.norm = Modulation(dim, 3)
-        self.attn = JointAttention(dim, heads, FluxNorm, out=False)
-        self.proj_mlp = Linear(dim, 4 * dim)
-        self.proj_out = Linear(5 * dim, dim)
+        self.attn = JointAttention(dim, heads, flux_norm, out=False)
+        self.proj_mlp = nn.Linear(dim, 4 * dim)
+        self.proj_out = nn.Linear(5 * dim, dim)
 
     def forward(self, x: Tensor, c: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
         shift, scale, gate = self.norm(c)
@@ -970,17 +899,17 @@ class FLUX(Backbone):
         super().__init__()
         dim = num_attention_heads * attention_head_dim
         self.axes = tuple(axes_dims_rope)
-        self.x_embedder = Linear(in_channels, dim)
-        self.context_embedder = Linear(joint_attention_dim, dim)
+        self.x_embedder = nn.Linear(in_channels, dim)
+        self.context_embedder = nn.Linear(joint_attention_dim, dim)
         self.time_text_embed = Conditioning(dim, pooled_projection_dim, guidance_embeds)
         self.transformer_blocks = nn.ModuleList(
-            JointBlock(dim, num_attention_heads, FluxNorm) for _ in range(num_layers)
+            JointBlock(dim, num_attention_heads, flux_norm) for _ in range(num_layers)
         )
         self.single_transformer_blocks = nn.ModuleList(
             SingleBlock(dim, num_attention_heads) for _ in range(num_single_layers)
         )
         self.norm_out = Modulation(dim, 2)
-        self.proj_out = Linear(dim, in_channels)
+        self.proj_out = nn.Linear(dim, in_channels)
 
     def forward(self, x_t: Tensor, t: Tensor, cond: dict, features: bool = False):
         packed = F.pixel_unshuffle(x_t.to(self.dtype), 2)  # [B, 4 C, h / 2, w / 2]
@@ -1005,9 +934,9 @@ class SanaAttention(nn.Module):
     def __init__(self, dim: int, heads: int, qk_norm: bool, bias: bool):
         super().__init__()
         self.heads = heads
-        self.to_q, self.to_k, self.to_v = (Linear(dim, dim, bias=bias) for _ in range(3))
+        self.to_q, self.to_k, self.to_v = (nn.Linear(dim, dim, bias=bias) for _ in range(3))
         self.norm_q, self.norm_k = (RMSNorm(dim, eps=1e-5) if qk_norm else nn.Identity() for _ in range(2))
-        self.to_out = nn.ModuleList([Linear(dim, dim)])
+        self.to_out = nn.ModuleList([nn.Linear(dim, dim)])
 
     def forward(self, x: Tensor, text: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
         """x: [B, N, D], text: [B, L, D], mask: [B, 1, 1, L], true where there is text -> [B, N, D]"""
@@ -1035,9 +964,9 @@ class MixFFN(nn.Module):
 
     def __init__(self, dim: int, hidden: int):
         super().__init__()
-        self.conv_inverted = Conv2d(dim, 2 * hidden, 1)
-        self.conv_depth = Conv2d(2 * hidden, 2 * hidden, 3, padding=1, groups=2 * hidden)
-        self.conv_point = Conv2d(hidden, dim, 1, bias=False)
+        self.conv_inverted = nn.Conv2d(dim, 2 * hidden, 1)
+        self.conv_depth = nn.Conv2d(2 * hidden, 2 * hidden, 3, padding=1, groups=2 * hidden)
+        self.conv_point = nn.Conv2d(hidden, dim, 1, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         y, gate = self.conv_depth(F.silu(self.conv_inverted(x))).chunk(2, dim=1)
@@ -1058,7 +987,7 @@ class SanaBlock(nn.Module):
 
     def forward(self, x: Tensor, text: Tensor, mask: Tensor | None, c: Tensor, rows: int) -> Tensor:
         """x: [B, N, D], text: [B, L, D], mask: [B, 1, 1, L], c: [B, 6, D] -> [B, N, D]"""
-        shift, scale, gate, shift_mlp, scale_mlp, gate_mlp = (self.scale_shift_table.to(c.dtype) + c).chunk(6, dim=1)
+        shift, scale, gate, shift_mlp, scale_mlp, gate_mlp = (self.scale_shift_table + c).chunk(6, dim=1)
         x = torch.addcmul(x, gate, self.attn1(modulate(x, shift, scale)))
         x = x + self.attn2(x, text, mask)
         image = modulate(x, shift_mlp, scale_mlp).transpose(1, 2).unflatten(2, (rows, -1))
@@ -1101,7 +1030,7 @@ class SanaDiT(Backbone):
         self.time_embed = Conditioning(dim, guidance=True) if guidance_embeds else nn.Module()
         if not guidance_embeds:
             self.time_embed.emb = Conditioning(dim)
-        self.time_embed.linear = Linear(dim, 6 * dim)
+        self.time_embed.linear = nn.Linear(dim, 6 * dim)
         self.caption_projection = embedder(caption_channels, dim, nn.GELU("tanh"))
         self.caption_norm = RMSNorm(dim, eps=1e-5)
         self.transformer_blocks = nn.ModuleList(
@@ -1109,7 +1038,7 @@ class SanaDiT(Backbone):
             for _ in range(num_layers)
         )
         self.scale_shift_table = nn.Parameter(torch.empty(2, dim))
-        self.proj_out = Linear(dim, patch_size**2 * in_channels)
+        self.proj_out = nn.Linear(dim, patch_size**2 * in_channels)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -1124,7 +1053,7 @@ class SanaDiT(Backbone):
         modulation = self.time_embed.linear(F.silu(c)).unflatten(1, (6, -1))
         for block in self.transformer_blocks:
             x = block(x, text, mask, modulation, x_t.shape[-2] // self.patch_size)
-        shift, scale = (self.scale_shift_table.to(c.dtype) + c[:, None]).chunk(2, dim=1)
+        shift, scale = (self.scale_shift_table + c[:, None]).chunk(2, dim=1)
         return self.velocity(modulate(x, shift, scale), x_t, features)
 
 
@@ -2037,23 +1966,23 @@ def blocks_of(net: nn.Module) -> list[nn.Module]:
     return [*net.transformer_blocks, *getattr(net, "single_transformer_blocks", ())]
 
 
-class AdaptedLinear(nn.Module):
-    """y = W x + b + B A x: a linear layer that is shared and frozen, and a low-rank adapter (arXiv 2106.09685) of float32
-    on it. B starts at zero, so the adapted layer starts as the shared one. Raises BadInput for a rank above its width."""
+class AdaptedLinear(nn.Linear):
+    """y = W x + b + B A x: a linear layer with shared, frozen weights and a low-rank adapter on it (arXiv 2106.09685). B starts
+    at zero, so that the layer starts as the shared one. Raises BadInput for a rank above its width."""
 
-    def __init__(self, shared: Linear, rank: int):
-        super().__init__()
+    def __init__(self, shared: nn.Linear, rank: int):
         width = min(shared.in_features, shared.out_features)
         if rank > width:
             raise BadInput(f"--lora {rank}: a layer is {width} wide, and the rank at most that")
+        super().__init__(shared.in_features, shared.out_features, device="meta")
         self.weight, self.bias = shared.weight, shared.bias
-        options = {"device": shared.weight.device, "dtype": torch.promote_types(shared.weight.dtype, torch.float32)}
-        self.lora_A = Linear(shared.in_features, rank, bias=False, **options)
-        self.lora_B = Linear(rank, shared.out_features, bias=False, **options)
+        options = {"bias": False, "device": shared.weight.device, "dtype": shared.weight.dtype}
+        self.lora_A = nn.Linear(shared.in_features, rank, **options)
+        self.lora_B = nn.Linear(rank, shared.out_features, **options)
         nn.init.zeros_(self.lora_B.weight)
 
     def forward(self, x: Tensor) -> Tensor:
-        return linear(x, self.weight, self.bias) + self.lora_B(self.lora_A(x))
+        return super().forward(x) + self.lora_B(self.lora_A(x))
 
 
 def adapt(net: nn.Module, rank: int) -> nn.Module:
@@ -2065,12 +1994,12 @@ def adapt(net: nn.Module, rank: int) -> nn.Module:
     for block in blocks_of(twin):
         for parent in [*block.modules()]:
             for name, layer in [*parent.named_children()]:
-                if type(layer) is Linear:
+                if type(layer) is nn.Linear:
                     setattr(parent, name, AdaptedLinear(layer, rank))
     return twin
 
 
-def trained(net: nn.Module) -> list[nn.Parameter]:
+def trainable_weights(net: nn.Module) -> list[nn.Parameter]:
     """The weights of a student or fake network that are trained: its adapters, if it has any, else all."""
     adapters = [m for m in net.modules() if isinstance(m, AdaptedLinear)]
     return [w for m in adapters for w in (m.lora_A.weight, m.lora_B.weight)] or [*net.parameters()]
@@ -2092,7 +2021,9 @@ def plain_weights(net: nn.Module) -> tuple[dict[str, Tensor], dict[str, Tensor]]
                 A, B = (weights.pop(f"{name}.lora_{x}.weight") for x in "AB")
                 adapters |= {f"transformer.{name}.lora_A.weight": A.cpu(), f"transformer.{name}.lora_B.weight": B.cpu()}
                 W = weights[f"{name}.weight"]
-                weights[f"{name}.weight"] = (W.to(B) + B @ A).to("cpu", W.dtype)  # no second copy on the device
+                weights[f"{name}.weight"] = (widen(W) + widen(B) @ widen(A)).to(
+                    "cpu", W.dtype
+                )  # no second copy on the device
     return weights, adapters
 
 
@@ -2160,30 +2091,49 @@ def compile_blocks(net: nn.Module) -> None:
         block.compile()
 
 
-def compute_in(net: nn.Module, dtype: torch.dtype) -> None:
-    """Activations and products in dtype, whatever the weights': as a network of such weights computes, and as FSDP2 does."""
-    net.compute = dtype
+class Float32Adam(torch.optim.Optimizer):
+    """Adam with beta1 = 0, as in the paper, for weights of low precision.
 
+    bf16 rounds away updates of 1e-5 and less. So behind each bf16 weight stands a float32 copy that takes the update; the weight
+    is its rounding. The copy of a float32 weight is the weight itself. The first moment is the gradient and needs no memory.
+    accumulate: gradients of several parts of a batch are added up in float32, since sums in bf16 are percents off. (FSDP2 does
+    so by itself.) take_step sets found_inf on the device; where it is 1 the step changes nothing.
+    """
 
-class AdamOfGradients(torch.optim.Adam):
-    """Adam with beta1 = 0, the paper's. Its first moment is the gradient itself, and needs no memory of its own: 4 bytes a
-    weight instead of 8, and torch.optim.Adam's numbers. Keyword arguments are Adam's."""
+    def __init__(
+        self, weights: Iterable[Tensor], lr: float, beta2: float = 0.999, eps: float = 1e-8, accumulate: bool = False
+    ):
+        super().__init__(weights, {"lr": lr, "beta2": beta2, "eps": eps, "fused": True})
+        for w in (w for group in self.param_groups for w in group["params"]):
+            wide = widen(local(w.detach()))
+            self.state[w] |= {"exp_avg_sq": torch.zeros_like(wide), "step": wide.new_zeros(())}
+            if w.dtype != wide.dtype:
+                self.state[w]["copy"] = wide
+                if accumulate and local(w) is w:
+                    w.register_post_accumulate_grad_hook(self.add_gradient)
 
-    def __init__(self, params: Iterable, beta2: float = 0.999, **options: object):
-        super().__init__(params, betas=(0.0, beta2), **options)
+    def add_gradient(self, w: Tensor) -> None:
+        """Adds the gradient of one part of a batch to the float32 sum, and frees it."""
+        self.state[w]["gradient"] = w.grad.float() + self.state[w].get("gradient", 0)
+        w.grad = None
 
     @torch.no_grad()
     def step(self) -> None:
-        weights = [w for group in self.param_groups for w in group["params"] if w.grad is not None]
-        for w in weights:
-            state = self.state[w]
-            if not state:
-                count = torch.zeros((), device=w.device if self.defaults["fused"] else "cpu")
-                state |= {"step": count, "exp_avg_sq": torch.zeros_like(w)}
-            state["exp_avg"] = w.grad
-        super().step()
-        for w in weights:
-            del self.state[w]["exp_avg"]
+        skipped = getattr(self, "found_inf", None)
+        for group in self.param_groups:
+            for w in group["params"]:
+                state = self.state[w]
+                gradient = state.pop("gradient", w.grad)
+                if gradient is None:
+                    continue
+                g, v, wide = widen(local(gradient)), state["exp_avg_sq"], state.get("copy", local(w))
+                finite = torch.ones_like(state["step"]) if skipped is None else 1 - skipped
+                state["step"] += finite
+                v.copy_(torch.where(finite > 0, v + (1 - group["beta2"]) * (g * g - v), v))
+                unbiased = v / -torch.expm1(state["step"] * math.log(group["beta2"]))
+                update = g / (unbiased.sqrt() + group["eps"])
+                wide -= torch.where(finite > 0, group["lr"] * update, 0)
+                local(w).copy_(wide)
 
 
 # Memory
@@ -2256,11 +2206,10 @@ def memory_needed(
     with torch.device("meta"):
         net = build(teacher.family.backbone, config)
         size = sum(p.numel() for p in net.parameters())
-        count = sum(p.numel() for p in trained(adapt(net, rank) if rank else net))
+        count = sum(p.numel() for p in trainable_weights(adapt(net, rank) if rank else net))
     # Frozen weights, and what FSDP2 gathers, are in dtype; else convolutions of more than 1 x 1 keep cast copies.
     if rank or world > 1:
         net.to(dtype)
-    compute_in(net, dtype)
     width = config.get("joint_attention_dim") or config["caption_channels"]
     sizes = {name: (n, *[width] * len(rest)) for name, (n, *rest) in condition_shapes(teacher.family, tokens).items()}
     if "pooled" in sizes:
@@ -2340,57 +2289,39 @@ def local(x: Tensor) -> Tensor:
     return x.to_local() if hasattr(x, "to_local") else x
 
 
-def shard(
-    net: nn.Module, device: str, dtype: torch.dtype | None = None, compute: torch.dtype | None = None
-) -> nn.Module:
-    """A copy of `net` of which each process holds its part, with trained weights in dtype: FSDP2 gathers a block when it
-    is called, cast to `compute`, and adds gradients up in float32. Rows are dealt out as torch.chunk does."""
+def shard(net: nn.Module, device: str) -> nn.Module:
+    """A copy of `net` of which each process holds its part: FSDP2 gathers a block when it is called, and adds gradients up in
+    float32 or wider. Trained as `net` is."""
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-    rank, world = processes()
-    ours = {id(w) for w in trained(net)}
-    memo = {}
-    for w in net.parameters():
-        empty = torch.empty_like(w, device="meta", dtype=dtype if id(w) in ours else None)
-        memo[id(w)] = nn.Parameter(empty, requires_grad=False)
-    twin = copy.deepcopy(net, memo)
+    empty = {id(w): nn.Parameter(torch.empty_like(w, device="meta"), requires_grad=False) for w in net.parameters()}
+    twin = copy.deepcopy(net, empty)
+    sums = torch.promote_types(next(net.parameters()).dtype, torch.float32)
     # Inputs keep their dtypes: times and rotations are float32 whatever the weights are.
-    mixed = MixedPrecisionPolicy(compute, torch.float32 if compute else None, cast_forward_inputs=False)
+    mixed = MixedPrecisionPolicy(reduce_dtype=sums, cast_forward_inputs=False)
     # Also the root lets go of what it gathered: a network that is frozen in one call is trained in the next.
-    options = {"mesh": init_device_mesh(device, (world,)), "mp_policy": mixed, "reshard_after_forward": True}
+    options = {"mesh": init_device_mesh(device, (processes()[1],)), "mp_policy": mixed, "reshard_after_forward": True}
     for part in (*blocks_of(twin), twin):
         fully_shard(part, **options)
     twin.to_empty(device=device)
-    with torch.no_grad():
-        for x, source in zip(twin.buffers(), net.buffers()):
-            x.copy_(source)
-        for w, source in zip(twin.parameters(), net.parameters()):
-            rows = source.chunk(world)
-            if rank < len(rows):
-                local(w).copy_(rows[rank])
+    set_model_state_dict(twin, net.state_dict(), options=StateDictOptions(full_state_dict=True))
     return twin
 
 
 def three_networks(
     teacher: Teacher, start: nn.Module, rank: int | None, device: str, recompute: bool = False, compiled: bool = False
 ) -> tuple[nn.Module, nn.Module]:
-    """The student, from `start`, and the fake network, from the teacher's: copies, or adapters of this rank on the very
-    weights; shared among processes, as the teacher's own then is too. What is trained is float32, because bf16 rounds away
-    updates of 1e-5 and less."""
-    dtype, student, fake = teacher.weights.dtype, start, teacher.dit
+    """The student, from `start`, and the fake network, from the teacher's network: copies, or adapters of this rank on the very
+    weights. Where there are many processes, each holds its part of all three, the teacher's network included."""
+    student, fake = start, teacher.dit
     if rank:
         student, fake = adapt(student, rank), adapt(fake, rank)
     if processes()[1] > 1:
-        compute = None if dtype == torch.float32 else dtype
-        teacher.dit = shard(teacher.dit, device, compute=compute)
-        student, fake = (shard(net, device, torch.float32, compute) for net in (student, fake))
+        teacher.dit, student, fake = (shard(net, device) for net in (teacher.dit, student, fake))
     else:
         student, fake = (copy.deepcopy(net) if net is teacher.dit else net for net in (student, fake))
-        for net in (student, fake):
-            for w in trained(net):
-                w.data = w.data.float()
-            compute_in(net, dtype)
     if recompute and device == "cuda":
         # With cuDNN's attention training ended there in an illegal memory access (H200, torch 2.11), without it not.
         torch.backends.cuda.enable_cudnn_sdp(False)
@@ -3182,8 +3113,9 @@ def train(args: argparse.Namespace) -> None:
     student, fake = three_networks(teacher, start, args.lora, args.device, args.recompute, args.compile)
     del start  # where processes share the networks, none keeps a whole one
     args.lr = args.lr or (5e-6 if teacher.family.kind == "sana" else 1e-6) * (10 if args.lora else 1)
-    adam = {"lr": args.lr, "eps": 1e-8, "fused": args.device != "mps"}
-    optimizers = tuple(AdamOfGradients(trained(net), **adam) for net in (student, fake))
+    optimizers = tuple(
+        Float32Adam(trainable_weights(net), args.lr, accumulate=args.accumulate > 1) for net in (student, fake)
+    )
 
     # The state of the run: these, and the source of random numbers
     rng = SharedGenerator(args.device).manual_seed(args.seed)

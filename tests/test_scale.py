@@ -52,8 +52,8 @@ def inputs(n, dtype=torch.float32, seed=0):
     return x_t.to(dtype), t.to(dtype), {key: x.to(dtype) for key, x in cond.items()}
 
 
-def adam(net, lr=1e-3, fused=True):
-    return sid_fm.AdamOfGradients(sid_fm.trained(net), beta2=0.99, lr=lr, fused=fused)
+def adam(net, lr=1e-3, **options):
+    return sid_fm.Float32Adam(sid_fm.trainable_weights(net), lr, beta2=0.99, **options)
 
 
 def run_iterations(nets, optimizers, iters, rows=4, part=slice(None), rng=None, dtype=torch.float32, **options):
@@ -85,11 +85,11 @@ def test_adapters_start_at_the_teacher_and_share_its_weights(name):
     x_t, t, cond = inputs(3)
     for twin in twins:
         assert torch.equal(twin(x_t, t, cond), net(x_t, t, cond))
-        own = {x.data_ptr() for x in sid_fm.trained(twin)}
+        own = {x.data_ptr() for x in sid_fm.trainable_weights(twin)}
         assert {x.data_ptr() for x in twin.parameters()} - own == {x.data_ptr() for x in net.parameters()}
         assert not own & {x.data_ptr() for x in net.parameters()}
-    linear = [m for b in sid_fm.blocks_of(net) for m in b.modules() if type(m) is sid_fm.Linear]
-    assert len(sid_fm.trained(twins[0])) == 2 * len(linear) > 0
+    linear = [m for b in sid_fm.blocks_of(net) for m in b.modules() if type(m) is torch.nn.Linear]
+    assert len(sid_fm.trainable_weights(twins[0])) == 2 * len(linear) > 0
 
 
 @pytest.mark.parametrize("name", NETWORKS)
@@ -133,39 +133,90 @@ def test_distilled_adapters_are_merged_and_open_in_diffusers(name, tmp_path):
 
 
 def test_small_updates_are_kept_where_bf16_weights_lose_them():
-    """Adam at a rate of 1e-5 with bf16 products: bf16 weights of order one stand still, float32 weights all move."""
-    moved = {}
-    for dtype in (torch.bfloat16, torch.float32):
-        net = sid_fm.Linear(64, 64).to(dtype)
+    """Adam at a rate of 1e-5: bf16 weights of order one stand still under torch's, and behind ours all copies move."""
+    for kind in (partial(torch.optim.Adam, betas=(0.0, 0.999), fused=True), sid_fm.Float32Adam):
+        net = torch.nn.Linear(64, 64, dtype=torch.bfloat16)
         with torch.no_grad():
             net.weight.uniform_(0.5, 1)
         before = net.weight.detach().clone()
-        optimizer = torch.optim.Adam(net.parameters(), lr=1e-5, betas=(0.0, 0.999), fused=True)
+        optimizer = kind(net.parameters(), lr=1e-5)
         for i in range(20):
             y = net(torch.randn(8, 64, generator=torch.Generator().manual_seed(i)).bfloat16())
-            assert y.dtype == torch.bfloat16
             y.float().square().sum().backward()
             sid_fm.take_step(optimizer)
-        moved[dtype] = (net.weight != before).float().mean()
-    assert moved[torch.bfloat16] == 0 and moved[torch.float32] > 0.99
+        assert torch.equal(net.weight, before)  # 20 updates of 1e-5 are less than a rounding
+    copied = optimizer.state[net.weight]["copy"]
+    assert copied.dtype == torch.float32 and torch.equal(copied.bfloat16(), net.weight)
+    assert (copied != before.float()).float().mean() > 0.99
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_float32_adam_is_adam_in_half_the_memory(dtype):
+    nets = [network("sd3", dtype) for _ in range(2)]
+    ours = sid_fm.Float32Adam(nets[0].parameters(), lr=1e-3, beta2=0.9)
+    theirs = torch.optim.Adam(nets[1].parameters(), lr=1e-3, betas=(0.0, 0.9), fused=True)
+    for i in range(4):
+        for net, optimizer in zip(nets, (ours, theirs)):
+            net(*inputs(2, dtype, seed=i)).square().sum().backward()
+            sid_fm.take_step(optimizer)
+    for a, b in zip(*(net.parameters() for net in nets), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=2e-6 if dtype == torch.float32 else 1e-9)
+    trained = [w for w, state in ours.state.items() if state["step"] > 0]
+    moments = [
+        sum(x.numel() for w in net.parameters() for x in optimizer.state[w].values() if x.ndim)
+        for net, optimizer in zip(nets, (ours, theirs))
+    ]
+    assert sum(w.numel() for w in trained) * 2 == moments[1] and moments[0] == sum(w.numel() for w in ours.state)
+
+
+def test_float32_adam_in_bf16_steps_as_it_does_in_float32():
+    """From the same gradients, the copies behind bf16 weights take the steps that float32 weights take."""
+    narrow, wide = network("sd3").bfloat16(), network("sd3").bfloat16().float()
+    optimizers = [adam(net) for net in (narrow, wide)]
+    for i in range(3):
+        narrow(*inputs(2, seed=i)).square().sum().backward()
+        for a, b in zip(narrow.parameters(), wide.parameters()):
+            b.grad = None if a.grad is None else a.grad.float()
+        for optimizer in optimizers:
+            sid_fm.take_step(optimizer)
+    for a, b in zip(narrow.parameters(), wide.parameters()):
+        assert torch.equal(optimizers[0].state[a]["copy"], b) and torch.equal(a, b.bfloat16())
+
+
+def test_gradients_of_many_parts_are_added_up_in_float32():
+    """256 parts of a batch in bf16, against the batch as one: sums in bf16 are percents off, sums in float32 are not."""
+    rng = torch.Generator().manual_seed(0)
+    x, y = torch.randn(256, 32, generator=rng).bfloat16(), torch.randn(256, 16, generator=rng).bfloat16()
+    start = torch.nn.Linear(32, 16, dtype=torch.bfloat16)
+
+    def gradient(net, optimizer):
+        for a, b in zip(x, y):
+            ((net(a) + b).float().square().sum() / 256).backward()
+        return optimizer.state[net.weight].get("gradient", net.weight.grad).double()
+
+    exact = copy.deepcopy(start).double()
+    ((exact(x.double()) + y.double()).square().sum() / 256).backward()
+    errors = []
+    for accumulate in (False, True):
+        net = copy.deepcopy(start)
+        found = gradient(net, sid_fm.Float32Adam(net.parameters(), lr=1e-3, accumulate=accumulate))
+        errors.append(float((found - exact.weight.grad).norm() / exact.weight.grad.norm()))
+        assert (net.weight.grad is None) == accumulate
+    assert errors[0] > 0.01 and errors[1] < 0.005, errors
 
 
 @pytest.mark.parametrize("name", NETWORKS)
-def test_float32_weights_compute_in_bf16_what_bf16_weights_compute(name):
-    """A student starts as its bf16 teacher to the bit, and its gradients reach the float32 weights."""
+def test_a_student_computes_what_its_bf16_teacher_computes(name):
+    """To the bit, at the start, data-free and data-aided; and an update makes them differ."""
     teacher = network(name).bfloat16()
     student = copy.deepcopy(teacher)
-    for w in student.parameters():
-        w.data = w.data.float()
-    sid_fm.compute_in(student, torch.bfloat16)
     x_t, t, cond = inputs(2)
-    (v, hidden), (v_teacher, hidden_teacher) = (net(x_t, t, cond, features=True) for net in (student, teacher))
-    assert torch.equal(v, v_teacher) and torch.equal(hidden, hidden_teacher) and v.dtype == torch.float32
-    v.square().sum().backward()
-    assert all(w.grad.dtype == torch.float32 for w in student.parameters() if w.grad is not None)
-    with torch.no_grad():
-        student.proj_out.weight.mul_(2), student.proj_out.bias.mul_(2)
-    torch.testing.assert_close(student(x_t, t, cond), 2 * v)  # no rounded weight outlives an update
+    for a, b in zip(teacher(x_t, t, cond, features=True), student(x_t, t, cond, features=True)):
+        assert torch.equal(a, b) and a.dtype == torch.float32
+    optimizer = adam(student)
+    student(x_t, t, cond).square().sum().backward()
+    sid_fm.take_step(optimizer)
+    assert not torch.equal(student(x_t, t, cond), teacher(x_t, t, cond))
 
 
 def evaluate(net, x, t, cond):
@@ -180,46 +231,6 @@ def evaluate(net, x, t, cond):
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda y: y):
         loss = net(x, t, cond).square().sum()
     return loss, sum(y.untyped_storage().nbytes() for y in tensors.values())
-
-
-@pytest.mark.parametrize("trained", [False, True])
-@pytest.mark.parametrize("name", NETWORKS)
-def test_no_cast_copy_of_the_weights_is_kept_for_the_backward(name, trained):
-    """What autograd holds of float32 weights under products in bf16 is what it holds of bf16 weights, activations, but for
-    what is no linear layer. The gradients are the same, rounded to bf16 by the latter."""
-    wide = network(name).bfloat16().float().requires_grad_(trained)
-    sid_fm.compute_in(wide, torch.bfloat16)
-    narrow = copy.deepcopy(wide).bfloat16()
-    x_t, t, cond = inputs(2)
-    gradients, kept = [], []
-    for net in (wide, narrow):
-        x = x_t.clone().requires_grad_()
-        loss, size = evaluate(net, x, t, cond)
-        kept.append(size)
-        loss.backward()
-        gradients.append([x.grad.bfloat16(), *(w.grad.bfloat16() for w in net.parameters() if w.grad is not None)])
-    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
-    others = [m for m in narrow.modules() if not isinstance(m, sid_fm.Linear)]  # convolutions, norms, tables
-    assert kept[0] - kept[1] <= sum(w.nbytes for m in others for w in m.parameters(recurse=False))
-
-
-@pytest.mark.parametrize("fused", [True, False])
-def test_adam_of_gradients_is_adam_in_half_the_memory(fused):
-    nets = [network("sd3") for _ in range(2)]
-    options = {"lr": 1e-3, "fused": fused}
-    ours = sid_fm.AdamOfGradients(nets[0].parameters(), beta2=0.9, **options)
-    theirs = torch.optim.Adam(nets[1].parameters(), betas=(0.0, 0.9), **options)
-    for i in range(4):
-        for net, optimizer in zip(nets, (ours, theirs)):
-            x_t, t, cond = inputs(2, seed=i)
-            net(x_t, t, cond).square().sum().backward()
-            sid_fm.take_step(optimizer)
-    assert all(torch.equal(a, b) for a, b in zip(*(net.parameters() for net in nets), strict=True))
-    moments = [
-        sum(x.numel() for state in optimizer.state.values() for x in state.values()) for optimizer in (ours, theirs)
-    ]
-    steps = len(ours.state)
-    assert 2 * (moments[0] - steps) == moments[1] - steps
 
 
 @pytest.mark.parametrize("name", NETWORKS)
@@ -291,14 +302,18 @@ def test_compiled_blocks_compute_the_same(family):
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("fused", [True, False])
-@pytest.mark.parametrize("kind", [partial(torch.optim.Adam, betas=(0.5, 0.9)), sid_fm.AdamOfGradients])
-def test_an_update_without_a_finite_gradient_is_skipped(kind, fused):
-    net = torch.nn.Linear(3, 2)
-    optimizer = kind(net.parameters(), lr=0.1, fused=fused)
+OURS = partial(sid_fm.Float32Adam, accumulate=True)
+THEIRS = partial(torch.optim.Adam, betas=(0.5, 0.9))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", [OURS, partial(THEIRS, fused=True), partial(THEIRS, fused=False)])
+def test_an_update_without_a_finite_gradient_is_skipped(kind, dtype):
+    net = torch.nn.Linear(3, 2, dtype=dtype)
+    optimizer = kind(net.parameters(), lr=0.1)
     for factor, skipped in ((1.0, 0), (float("nan"), 1), (float("inf"), 1), (1.0, 0)):
         before = copy.deepcopy((net.state_dict(), optimizer.state_dict()["state"]))
-        (factor * net(torch.ones(4, 3))).sum().backward()
+        (factor * net(torch.ones(4, 3, dtype=dtype))).sum().backward()
         assert sid_fm.take_step(optimizer) == skipped
         same = torch.equal(net.weight, before[0]["weight"])
         assert same == bool(skipped)
@@ -338,17 +353,17 @@ class HostReads(TorchDispatchMode):
 @pytest.mark.parametrize("data", [False, True], ids=["data-free", "data-aided"])
 @pytest.mark.parametrize("name", NETWORKS)
 def test_the_host_reads_nothing_in_an_iteration(name, data):
-    """With fused optimizers; others must know whether to step."""
+    """With Float32Adam; torch's that is not fused must know whether to step."""
     teacher = network(name)
-    for fused in (True, False):
+    for kind in (adam, lambda net: torch.optim.Adam(net.parameters(), fused=False)):
         student, fake = copy.deepcopy(teacher), copy.deepcopy(teacher)
         x_t, _, cond = inputs(2)
         batches = [(cond, x_t if data else None)] * 3
         options = {"guidance": 2.0, "uncond": inputs(1, seed=99)[2], "warmup": (2, 4), "rng": torch.Generator()}
-        optimizers = adam(student, fused=fused), adam(fake, fused=fused)
+        optimizers = kind(student), kind(fake)
         with HostReads() as reads:
             assert len(list(sid_fm.distill(teacher, student, fake, optimizers, batches, x_t.shape, **options))) == 3
-        assert bool(reads.seen) == (not fused), reads.seen
+        assert bool(reads.seen) == (kind is not adam), reads.seen
 
 
 # ----------------------------------------------------------------------------------------------------------------------
