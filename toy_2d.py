@@ -38,7 +38,7 @@ from sid_fm import SID_LAW, T_END, add_noise, convert, generate, match_dims, noi
 class Mixture:
     """p(x_0) = sum_m w_m N(mu_m, sigma^2 I) in d dimensions. With noise added it stays a mixture.
 
-    With one component it is also the affine generator x_g = mu + sigma z, whose psi* is then
+    With one component it is also the affine generator x_g = mu + sigma z, whose psi* is its
     `posterior_mean`. means: [M, d], sigma: a number or a tensor, weights: [M], normalised here.
     """
 
@@ -71,7 +71,7 @@ class Mixture:
 
 
 def polar(radius: Tensor, angle: Tensor) -> Tensor:
-    """[n, 2]"""
+    """Points in the plane: [n], [n] -> [n, 2]"""
     return torch.stack([radius * angle.cos(), radius * angle.sin()], 1)
 
 
@@ -88,8 +88,8 @@ MIXTURES = {
 # ----------------------------------------------------------------------------------------------------------------------
 # Recipes: all losses are one loss (paper, figure 2)
 # ----------------------------------------------------------------------------------------------------------------------
-# |prediction error|^2 = c(t) |D^ - x_0|^2, where D^ is the posterior mean that a prediction implies.
-# So recipes differ only in how they weigh noise levels, and all of them have the same minimiser.
+# |prediction error|^2 = c(t) |D^ - x_0|^2, where D^ is the posterior mean that the prediction
+# implies. So recipes differ only in how they weigh noise levels, and all have the same minimiser.
 
 
 class Recipe(NamedTuple):
@@ -147,9 +147,10 @@ def weight_density(recipe: Recipe, log_snr: Tensor) -> Tensor:
 class Net(nn.Module):
     """A small network: Fourier features of x_t and t, and a residual network of SiLU layers.
 
-    Fourier features of x_t let it learn the sharp map from one Gaussian to eight modes. On Rectified
-    Flow its output is the velocity. On another path the output is F in D = a x - s F, where x_t, a and
-    s are scaled to a^2 + s^2 = 1 (EDM's preconditioning), and the prediction is computed from F.
+    Fourier features of x_t let it learn the sharp map from one Gaussian to eight modes. On
+    Rectified Flow its output is the velocity. On another path the output is F in D = a x - s F,
+    where x_t, a and s are scaled to a^2 + s^2 = 1 (EDM's preconditioning): the prediction is
+    computed from F.
     """
 
     def __init__(self, path: str = "rf", predicts: str = "v"):
@@ -236,10 +237,10 @@ def distill_student(
 ) -> Distilled:
     """Runs sid_fm.distill with these options. rates: learning rates of student and fake network.
 
-    Adam's second beta is 0.99, where the paper has 0.999. At t = 1 a teacher predicts the mean of the
-    data whatever z is, so a one-step student starts as nearly a point. Its gradients soon grow a
-    thousandfold, and a slower mean of their squares would lag behind. Raises FloatingPointError if a
-    gradient is not finite.
+    Adam's second beta is 0.99, where the paper has 0.999. At t = 1 a teacher predicts the mean of
+    the data whatever z is, so a one-step student starts as nearly a point. Its gradients soon grow
+    a thousandfold, and a slower mean of their squares would lag behind. Raises FloatingPointError
+    if a gradient is not finite.
     """
     trained = [(sid_fm.trainable_weights(net), rate) for net, rate in zip((student, fake), rates)]
     optimizers = [torch.optim.Adam(weights, rate, betas=(0.0, 0.99), fused=True) for weights, rate in trained]
@@ -395,8 +396,10 @@ THETA, TIMES = torch.tensor([0.3, 0.3]).double(), torch.tensor([0.15, 0.35, 0.55
 
 
 def line_losses(data: Mixture, theta: Tensor, psi: Tensor, weight: str = "1-t") -> tuple[Tensor, Tensor]:
-    """L1 and L2 of the generator theta by Gauss-Hermite quadrature over z and e, from sid_loss. The
-    fake network is the optimum for the generator psi: at psi = theta L1 is the divergence L."""
+    """L1 and L2 of the generator theta, from sid_loss, by Gauss-Hermite quadrature over z and e.
+
+    The fake network is the optimum for the generator psi. At psi = theta L1 is the divergence L.
+    """
     x, w = (torch.from_numpy(array) for array in np.polynomial.hermite_e.hermegauss(64))
     z, e, t = (grid.flatten() for grid in torch.meshgrid(x, x, TIMES, indexing="ij"))
     share = torch.outer(w, w).flatten().repeat_interleave(len(TIMES)) / w.sum() ** 2 * len(x) ** 2
@@ -408,8 +411,10 @@ def line_losses(data: Mixture, theta: Tensor, psi: Tensor, weight: str = "1-t") 
 
 
 def gradients(data: Mixture, theta: Tensor) -> dict[str, Tensor]:
-    """Gradients in (m, s) at psi*(theta). For "L1" and "L2" psi is held. For "true", the gradient of
-    L, psi* moves with theta: "through psi*" is the part of it that is due to that, in L1."""
+    """The gradients in (m, s) of "L1" and "L2", which hold psi at psi*(theta), and of L: "true".
+
+    psi* moves with theta. "through psi*" is the part of "true" that L1 has because of that.
+    """
     theta, psi = theta.clone().requires_grad_(), theta.clone().requires_grad_()
     parts = [torch.autograd.grad(L, (theta, psi), retain_graph=True) for L in line_losses(data, theta, psi)]
     (L1, through), (L2, _) = parts
@@ -517,7 +522,7 @@ def check_all(seed: int) -> bool:
 
 
 class MixtureMeasure:
-    """Sliced Wasserstein-2 distance to the mixture's exact projected quantiles, and its modes' masses.
+    """Measures samplers against the mixture's exact projected quantiles.
 
     z: the noise that every sampler starts from, [n, 2].
     """
@@ -533,17 +538,17 @@ class MixtureMeasure:
             cdf = torch.special.ndtr((x[:, None] - centre) / mixture.sigma) @ mixture.weights.double()
             row[:] = np.interp(levels, cdf.numpy(), x.numpy())
 
-    def sliced_w2(self, x: Tensor) -> float:
-        projected = np.sort((x @ self.directions).T.contiguous().numpy(), axis=1)
-        return float(np.sqrt(np.mean((projected - self.quantiles) ** 2)))
-
     def scores(self, x: Tensor) -> dict[str, float]:
-        """A mode's mass is its component's mean responsibility, relative to the expected one, which
-        is the component's weight. A mode is found if its mass is above a tenth."""
+        """Sliced W2, and how well the modes are covered.
+
+        A mode's mass is its component's mean responsibility over the expected one, which is the
+        component's weight. A mode is found if its mass is above a tenth.
+        """
+        projected = np.sort((x @ self.directions).T.contiguous().numpy(), axis=1)
         mass = self.mixture.log_components(x, torch.zeros(len(x))).softmax(1).mean(0) / self.mixture.weights
         distance = torch.cdist(x, self.mixture.means).min(1).values
         return {
-            "w2": self.sliced_w2(x),
+            "w2": float(np.sqrt(np.mean((projected - self.quantiles) ** 2))),
             "modes": int((mass > 0.1).sum()),
             "mass_error": float((mass - 1).abs().max()),
             "within_4_sigma": float((distance < 4 * self.mixture.sigma).float().mean()),
@@ -551,7 +556,7 @@ class MixtureMeasure:
 
     @torch.no_grad()
     def sample(self, sampler: Callable[[Tensor], Tensor], bar: tqdm) -> tuple[Tensor, dict[str, float]]:
-        """The samples that the sampler makes of z, and their scores."""
+        """Returns the samples that the sampler makes of z, and their scores."""
         parts = []
         for chunk in self.chunks:
             parts.append(sampler(chunk))
@@ -559,15 +564,17 @@ class MixtureMeasure:
         return torch.cat(parts), self.scores(torch.cat(parts))
 
     def jobs(self, samplers: dict[str, Callable[[Tensor], Tensor]]) -> dict:
-        """`sample` for each sampler, as run_jobs takes it."""
+        """Returns a job for run_jobs for each sampler: the method `sample`."""
         return {name: (len(self.chunks), partial(self.sample, sampler)) for name, sampler in samplers.items()}
 
 
 def euler_sampler(net: Callable, steps: int) -> Callable[[Tensor], Tensor]:
+    """The sampler of a teacher, or of an exact velocity."""
     return partial(sid_fm.sample_ode, net, times=torch.linspace(1, 0, steps + 1))
 
 
 def student_sampler(net: Callable, steps: int, noise: str, seed: int) -> Callable[..., Tensor]:
+    """The sampler of a student."""
     return partial(generate, net, steps=steps, noise=noise, rng=torch.Generator().manual_seed(seed))
 
 
@@ -608,7 +615,7 @@ def plot_densities(file: Path) -> None:
 
 def plot_alpha(file: Path) -> None:
     """The gradients that alpha gives the generator x_g = m + s z, exactly, and their angles."""
-    figure, (plane, line) = sid_fm.pyplot().subplots(1, 2, figsize=(10, 4))
+    figure, (plane, line) = sid_fm.pyplot().subplots(1, 2, figsize=(11, 4))
     g, alphas = gradients(LINE, THETA), torch.linspace(0, 1.5, 61)
     for name, vector, color in (
         (r"true gradient $dL/d\theta$", g["true"], INK),
@@ -617,14 +624,12 @@ def plot_alpha(file: Path) -> None:
         (r"$\alpha = 1/2$: half of the true gradient", g["L2"] - g["L1"] / 2, BLUE),
         (r"$\alpha = 1$: $c$, the part that $\nabla L_2$ lacks", g["L2"] - g["L1"], GREEN),
     ):
-        plane.plot(
-            *torch.stack([torch.zeros(2), vector]).T, "-o", markevery=[1], color=color, linewidth=2.5, label=name
-        )
+        plane.plot(*[[0, x] for x in vector], "-o", markevery=[1], color=color, linewidth=2.5, label=name)
     along = g["L2"] - alphas[:, None] * g["L1"]
     plane.plot(*along.T, ":", color=INK, linewidth=1, label=r"$\nabla L_\alpha$, $\alpha$ from 0 to 1.5")
-    plane.set(xlabel="d/dm", ylabel="d/ds", aspect="equal")
-    plane.set_title(rf"Gradients ($\nabla$: $\psi$ held) at m = {THETA[0]:g}, s = {THETA[1]:g}", loc="left")
-    plane.legend(fontsize=8.5, loc="lower right")
+    plane.set(xlabel="d/dm", ylabel="d/ds", aspect="equal", xticks=(-0.08, -0.04, 0))
+    plane.set_title(r"Gradients in (m, s); $\nabla$ holds $\psi$", loc="left")
+    plane.legend(fontsize=8.5, loc="center left", bbox_to_anchor=(1, 0.5))
     degrees = torch.cosine_similarity(torch.cat([along, g["L1"][None]]), g["true"][None]).acos().rad2deg()
     line.plot(alphas, degrees[:-1], color=INK, linewidth=2)
     line.set(xlabel=r"$\alpha$", ylabel="degrees", ylim=(0, None))
@@ -637,7 +642,7 @@ def plot_alpha(file: Path) -> None:
 
 def plot_samples(file: Path, panels: dict[str, Tensor]) -> None:
     """Data, teacher and students side by side."""
-    figure, axes = sid_fm.pyplot().subplots(1, len(panels), figsize=(2.4 * len(panels), 2.8), sharex=True, sharey=True)
+    figure, axes = sid_fm.pyplot().subplots(1, len(panels), figsize=(2.4 * len(panels), 2.95), sharex=True, sharey=True)
     limit = 1.15 * float(panels["data"].abs().max())
     for axis, (name, x) in zip(axes, panels.items()):
         axis.plot(*x[:8000].T, ".", color=BLUE, markersize=1.2, alpha=0.3)
@@ -693,11 +698,9 @@ def prepare_toy(args: argparse.Namespace) -> tuple[MixtureMeasure, nn.Module]:
     """The measure of the mixture, and the teacher."""
     mixture, samples = MIXTURES[args.mixture], 10_000 if args.quick else 50_000
     iters = TEACHER_ITERS // 4 if args.quick else TEACHER_ITERS
-    measure = MixtureMeasure(
-        mixture, torch.randn(samples, 2, generator=torch.Generator().manual_seed(args.seed + 1000))
-    )
+    z = torch.randn(samples, 2, generator=torch.Generator().manual_seed(args.seed + 1000))
     job = iters, partial(toy_teacher, mixture, args.path, iters, args.seed)
-    return measure, run_jobs({"teacher": job})["teacher"]
+    return MixtureMeasure(mixture, z), run_jobs({"teacher": job})["teacher"]
 
 
 def run_toy(args: argparse.Namespace) -> None:
@@ -717,7 +720,7 @@ def run_toy(args: argparse.Namespace) -> None:
     }
     samplers |= {f"teacher, {plural(n)}": euler_sampler(teacher, n) for n in (1, 2, 4, 8, 16, 64)}
     results = run_jobs(jobs | measure.jobs(samplers))
-    print(f"  {len(students)} students distilled ({time.perf_counter() - start:.0f} s)")
+    print(f"  students distilled ({time.perf_counter() - start:.0f} s); they have the running mean of their weights")
 
     of_students = {}
     for name, kind in students.items():
@@ -731,7 +734,10 @@ def run_toy(args: argparse.Namespace) -> None:
     results |= run_jobs(measure.jobs(of_students | along))
 
     table = {name: results[name][1] for name in samplers | of_students}
-    print_table(table)
+    print(f"\n{'':37}sliced W2  x exact  modes  mass error  within 4 sigma")
+    for name, (w2, modes, mass_error, within) in ((name, scores.values()) for name, scores in table.items()):
+        ratio = w2 / table["exact velocity, 64 steps"]["w2"]
+        print(f"{name:37}{w2:9.4f}{ratio:9.2f}{modes:7}{mass_error:12.1%}{within:16.2%}")
     notes = {"args": vars(args), "seconds": time.perf_counter() - start, "table": table}
     sid_fm.write_json(args.out / "results.json", notes)
     shown = ["data", *(f"teacher, {plural(n)}" for n in (1, 4, 64)), f"{title}, 1 step"]
@@ -741,18 +747,9 @@ def run_toy(args: argparse.Namespace) -> None:
     plot_convergence(args.out / "convergence.png", results[title].log["fisher"], w2, table["data"]["w2"])
 
 
-def print_table(table: dict[str, dict[str, float]]) -> None:
-    print(f"\n{'':37}sliced W2  x exact  modes  mass error  within 4 sigma")
-    for name, scores in table.items():
-        w2, modes, mass_error, within = scores.values()
-        ratio = w2 / table["exact velocity, 64 steps"]["w2"]
-        print(f"{name:37}{w2:9.4f}{ratio:9.2f}{modes:7}{mass_error:12.1%}{within:16.2%}")
-    print("The students have the running mean of their weights.\n")
-
-
 def sweep_toy(args: argparse.Namespace) -> None:
-    """Distills students with many settings, and plots each one's sliced W2 as a multiple of the exact
-    velocity's. A student has the settings of its row and its column."""
+    """Distills students with the settings of each row and column of three tables, and plots their
+    sliced W2 as multiples of the exact velocity's."""
     start = time.perf_counter()
     measure, teacher = prepare_toy(args)
     alphas = {f"alpha = {alpha}": {"alpha": alpha} for alpha in (0.0, 0.5, 1.0, 1.2)}
@@ -790,15 +787,14 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.error = sid_fm.fail
     add = parser.add_argument
-    positive = sid_fm.positive_integer
     add("--mixture", choices=MIXTURES, default="ring", help="the data (%(default)s)")
-    add("--steps", type=positive, default=4, help="K of the few-step student (%(default)s)")
+    add("--steps", type=sid_fm.positive_integer, default=4, help="K of the few-step student (%(default)s)")
     add("--loss", choices=sid_fm.LOSSES, default="sid", help="of the students; one more has the other loss")
     add("--alpha", type=sid_fm.finite_number, default=1.0, help="of the SiD loss (%(default)s)")
     add("--weight", choices=sid_fm.WEIGHTS, default="1/t", help="w(t) of the SiD or DMD loss (%(default)s)")
     add("--noise", choices=sid_fm.NOISES, default="fresh", help="between the student's steps (%(default)s)")
     add("--path", choices=T_END, default="rf", help="the teacher is trained on it (%(default)s)")
-    add("--iters", type=positive, help="of distillation (2000; with --quick 300, with --sweep 1000)")
+    add("--iters", type=sid_fm.positive_integer, help="of distillation (2000; with --quick 300, with --sweep 1000)")
     add("--seed", type=sid_fm.whole_number, default=0, help="of all random numbers (%(default)s)")
     add("--out", type=Path, default=Path("runs/toy_2d"), help="folder of the figures (%(default)s)")
     add("--quick", action="store_true", help="a short run, 25 s")
