@@ -666,23 +666,6 @@ def plot_convergence(file: Path, fisher: list[float], w2: dict[int, float], floo
     save_figure(figure, file)
 
 
-def plot_sweep(file: Path, title: str, tables: dict[str, tuple], ratio: dict[str, float]) -> None:
-    """Each table of sweep_toy as an image with numbers. Lower is better, and darker."""
-    widths = [len(columns) + 2 for _, columns in tables.values()]
-    figure, axes = sid_fm.pyplot().subplots(1, len(tables), figsize=(14, 3.6), width_ratios=widths)
-    for axis, (name, (rows, columns)) in zip(axes, tables.items()):
-        values = np.array([[ratio[f"{row}, {column}"] for column in columns] for row in rows])
-        axis.imshow(np.log(values), cmap="viridis", aspect="auto", vmin=0, vmax=math.log(30))
-        for (i, j), value in np.ndenumerate(values):
-            axis.text(j, i, f"{value:.1f}", ha="center", va="center", color="white" if value < 8 else INK)
-        axis.set_xticks(range(len(columns)), columns)
-        axis.set_yticks(range(len(rows)), rows)
-        axis.set_title(name, loc="left")
-        axis.grid(visible=False)
-    figure.suptitle(title)
-    save_figure(figure, file)
-
-
 # ----------------------------------------------------------------------------------------------------------------------
 # Command line
 # ----------------------------------------------------------------------------------------------------------------------
@@ -748,7 +731,7 @@ def run_toy(args: argparse.Namespace) -> None:
 
 
 def sweep_toy(args: argparse.Namespace) -> None:
-    """Distills students with the settings of each row and column of three tables, and plots their
+    """Distills students with the settings of each row and column of three tables. Prints their
     sliced W2 as multiples of the exact velocity's."""
     start = time.perf_counter()
     measure, teacher = prepare_toy(args)
@@ -778,9 +761,12 @@ def sweep_toy(args: argparse.Namespace) -> None:
     exact = results.pop("exact velocity")[1]["w2"]
     ratio = {name: w2 / exact for name, w2 in results.items()}
     sid_fm.write_json(args.out / "sweep.json", {name: r if r < math.inf else None for name, r in ratio.items()})
-    title = f"Sliced W2 over the exact velocity's ({args.mixture}, w = {args.weight}, {args.iters} iterations)"
-    plot_sweep(args.out / "sweep.png", title, tables, ratio)
-    print(f"{len(ratio)} students of {args.iters} iterations ({time.perf_counter() - start:.0f} s)")
+    print(f"\nSliced W2 over the exact velocity's, w = {args.weight} and one step where nothing else is said")
+    for title, (rows, columns) in tables.items():
+        print(f"\n{title:18}" + "".join(f"{column:>14}" for column in columns))
+        for row in rows:
+            print(f"{row:18}" + "".join(f"{ratio[f'{row}, {column}']:14.2f}" for column in columns))
+    print(f"\n{len(ratio)} students of {args.iters} iterations ({time.perf_counter() - start:.0f} s)")
 
 
 def parse() -> argparse.Namespace:
