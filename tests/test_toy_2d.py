@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 import sid_fm
 import toy_2d
+from sid_fm import convert
 from toy_2d import DATA, LINE, THETA, equal, gradients, line_losses, mean_is_zero, noisy
 
 SCRIPT = Path(toy_2d.__file__)
@@ -54,7 +55,8 @@ def holds(claim):
 
 
 def failed(step, seed=0, **options):
-    claims = toy_2d.run_step(step, seed, **options)
+    torch.manual_seed(seed)
+    claims = list(step(rng(seed), **options))
     assert claims
     return [claim for claim in claims if not holds(claim)]
 
@@ -64,12 +66,12 @@ def failed(step, seed=0, **options):
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
 @pytest.mark.parametrize("step", toy_2d.STEPS, ids=lambda step: step.__name__)
-def test_every_step_holds(step, seed):
+def test_every_step_holds(float64, step, seed):
     assert not failed(step, seed)
 
 
 @pytest.mark.parametrize("path", sid_fm.T_END)
-def test_steps_2_to_4_hold_on_every_path(path):
+def test_steps_2_to_4_hold_on_every_path(float64, path):
     for seed in range(3):  # Bayes' rule is checked at one time a seed
         assert not failed(toy_2d.step_2, seed, path=path)
     for kind in KINDS:
@@ -79,23 +81,23 @@ def test_steps_2_to_4_hold_on_every_path(path):
 
 @pytest.mark.parametrize("weight", [name for name in sid_fm.WEIGHTS if name != "sid"])
 @pytest.mark.parametrize(("data", "theta"), ON_A_LINE.values(), ids=ON_A_LINE)
-def test_step_7_holds_for_every_weight_of_t_alone(data, theta, weight):
+def test_step_7_holds_for_every_weight_of_t_alone(float64, data, theta, weight):
     assert not failed(toy_2d.step_7, data=data, theta=theta, weight=weight)
 
 
 @pytest.mark.parametrize(("data", "theta"), ON_A_LINE.values(), ids=ON_A_LINE)
-def test_step_8_holds_for_other_data(data, theta):
+def test_step_8_holds_for_other_data(float64, data, theta):
     assert not failed(toy_2d.step_8, data=data, theta=theta)
 
 
 @pytest.mark.parametrize("weight", sid_fm.WEIGHTS)
-def test_the_loss_is_the_formula_for_every_alpha_and_weight(weight):
+def test_the_loss_is_the_formula_for_every_alpha_and_weight(float64, weight):
     for alpha in (0.0, 0.5, 1.0, 1.2):
         assert not failed(toy_2d.step_8_in_code, alpha=alpha, weight=weight)
 
 
 @pytest.mark.parametrize("noise", sid_fm.NOISES)
-def test_step_10_holds_for_every_number_of_steps(noise):
+def test_step_10_holds_for_every_number_of_steps(float64, noise):
     for steps in (1, 2, 4):
         for k in range(1, steps + 1):
             assert not failed(toy_2d.step_10, steps=steps, noise=noise, k=k)
@@ -147,7 +149,7 @@ FAULTS = [
 
 
 @pytest.mark.parametrize(("step", "home", "name", "fault"), FAULTS, ids=lambda x: getattr(x, "__name__", x))
-def test_a_step_notices_a_fault(monkeypatch, step, home, name, fault):
+def test_a_step_notices_a_fault(float64, monkeypatch, step, home, name, fault):
     """A small fault in what the step makes a claim about."""
     monkeypatch.setattr(home, name, fault(getattr(home, name)))
     assert failed(step)
@@ -369,9 +371,10 @@ def test_alpha_1_rests_beside_the_minimum_where_the_data_cannot_be_generated(flo
 
 
 def test_a_guided_score_is_that_of_no_noisy_data(float64):
-    """At t = 1/2 it is that of a variance of 1/5, less than the noise alone has."""
-    _, error, _ = toy_2d.run_step(toy_2d.step_9)[0]
-    assert error <= 1e-9 and 1 / 5 < 0.5**2
+    """At t = 1/2 it is that of a variance of 1/5, less than the noise alone has: 1/4."""
+    x_t, t = torch.ones(1, 1), torch.full((1,), 0.5)
+    score = convert(Guided().posterior_mean(x_t, t), x_t, t, "rf", "x0", "score")
+    assert holds(equal("variance", -1 / score, torch.tensor([[0.2]])))
 
 
 # Mixtures and measures
