@@ -48,7 +48,7 @@ class Mixture:
         self.weights = (weights / weights.sum()).to(means)
 
     def sample(self, n: int, rng: torch.Generator | None = None) -> Tensor:
-        """n samples x_0: [n, d]."""
+        """Returns n samples x_0: [n, d]."""
         means = self.means[torch.multinomial(self.weights, n, replacement=True, generator=rng)]
         return means + self.sigma * noise_like(means, rng)
 
@@ -97,7 +97,7 @@ class Recipe(NamedTuple):
     weight: Callable[[Tensor], Tensor] = torch.ones_like
 
 
-RECIPES = {  # for data of variance 1; log 2: EDM and TrigFlow are published for a deviation of 0.5
+RECIPES = {  # for data of variance 1; log 2 as EDM and TrigFlow are published for variance 1/4
     "DDPM, noise prediction": Recipe("vp", "eps"),
     "EDM": Recipe("ve", "x0", (-1.2 + math.log(2), 1.2), lambda t: (t**2 + 1) / t**2),
     "Rectified Flow, uniform t": Recipe("rf", "v"),
@@ -115,7 +115,7 @@ def loss_factor(t: Tensor, path: str, predicts: str) -> Tensor:
 
 
 def weight_density(recipe: Recipe, log_snr: Tensor) -> Tensor:
-    """The recipe as a density over lambda = log(a^2/s^2): weight(t) c(t) p(t) |dt/dlambda| / Z.
+    """The recipe as a density over lambda = log(a^2/s^2): weight(t) c(t) p(t) |dt/dlambda| / Z
 
     log_snr: a grid [n], wide enough that the density integrates to 1 over it -> [n]
     """
@@ -301,10 +301,10 @@ def run_jobs(jobs: dict[str, tuple[int, Callable[[tqdm], object]]], threads: int
 # ----------------------------------------------------------------------------------------------------------------------
 # The derivation, checked
 # ----------------------------------------------------------------------------------------------------------------------
-# step_n yields the claims of step n of the README's derivation, in float64: what is claimed, the
-# error, its tolerance. The tests call it with other paths, predictions, data, weights and noises.
+# step_n_... yields claims of step n of the README's derivation, each with its error and tolerance,
+# in float64. The tests call these functions with other paths, predictions, data, weights and noises.
 
-EXACT, MEAN = 1e-9, 5.0  # tolerances: relative, of exact claims; in standard errors, of means of samples
+EXACT, MEAN = 1e-9, 5.0  # tolerances: relative, for exact claims; in standard errors, for means
 Claims = Iterator[tuple[str, float, float]]
 
 
@@ -332,7 +332,7 @@ def noisy(data: Mixture, n: int, rng: torch.Generator, path: str = "rf") -> tupl
     return x_0, e, t, add_noise(x_0, e, t, path)
 
 
-def step_2(rng: torch.Generator, path: str = "rf") -> Claims:
+def step_2_bayes(rng: torch.Generator, path: str = "rf") -> Claims:
     _, _, t, x_t = noisy(DATA, 1, rng, path)
     x_0, (a, s, _, _) = DATA.sample(100_000, rng), path_terms(t, path)
     weight = (-((x_t - a * x_0) ** 2).sum(1) / (2 * s**2)).softmax(0)[:, None]  # N(x_t; a x_0, s^2 I) / Z
@@ -352,7 +352,7 @@ def step_2(rng: torch.Generator, path: str = "rf") -> Claims:
     yield max(claims, key=lambda claim: claim[1])
 
 
-def step_3(rng: torch.Generator, path: str = "rf", predicts: str = "v") -> Claims:
+def step_3_one_loss(rng: torch.Generator, path: str = "rf", predicts: str = "v") -> Claims:
     x_0, e, t, x_t = noisy(DATA, 1000, rng, path)
     guess = torch.randn(x_0.shape, generator=rng)  # D^
     p, q = sid_fm.prediction_row(predicts, *path_terms(t[:, None], path))
@@ -367,14 +367,14 @@ def step_3(rng: torch.Generator, path: str = "rf", predicts: str = "v") -> Claim
     yield equal(claim, pi, expected / torch.trapezoid(expected, lam))
 
 
-def step_4(rng: torch.Generator, path: str = "trig", predicts: str = "v") -> Claims:
+def step_4_paths(rng: torch.Generator, path: str = "trig", predicts: str = "v") -> Claims:
     _, _, t, x_t = noisy(DATA, 1000, rng)
     view = sid_fm.as_rectified_flow(partial(DATA.predict, path=path, predicts=predicts), path, predicts)
     claim = f"equal-SNR map: a network on {path}, seen through it, gives the Rectified Flow velocity"
     yield equal(claim, view(x_t, t), DATA.predict(x_t, t))
 
 
-def step_6(rng: torch.Generator) -> Claims:
+def step_6_fake_network(rng: torch.Generator) -> Claims:
     x_g, e, t, x_t = noisy(GENERATOR, 100_000, rng)
     v = GENERATOR.predict(x_t, t).requires_grad_()
     (slope,) = torch.autograd.grad(sid_fm.flow_matching_loss(v, x_g, e, t), v)
@@ -404,9 +404,9 @@ def line_losses(data: Mixture, theta: Tensor, psi: Tensor, weight: str = "1-t") 
 
 
 def gradients(data: Mixture, theta: Tensor) -> dict[str, Tensor]:
-    """The gradients in (m, s) of "L1" and "L2", which hold psi at psi*(theta), and of L: "true".
+    """The gradients in (m, s) of L1 and L2 with psi held at psi*(theta), and that of L: "true".
 
-    psi* moves with theta. "through psi*" is the part of "true" that L1 has because of that.
+    psi* moves with theta. "through psi*" is what that adds to the gradient of L1, to make it L's.
     """
     theta, psi = theta.clone().requires_grad_(), theta.clone().requires_grad_()
     parts = [torch.autograd.grad(L, (theta, psi), retain_graph=True) for L in line_losses(data, theta, psi)]
@@ -414,17 +414,17 @@ def gradients(data: Mixture, theta: Tensor) -> dict[str, Tensor]:
     return {"true": L1 + through, "L1": L1, "L2": L2, "through psi*": through}
 
 
-def step_7(rng: torch.Generator, data: Mixture = LINE, theta: Tensor = THETA, weight: str = "1-t") -> Claims:
+def step_7_identity(rng: torch.Generator, data: Mixture = LINE, theta: Tensor = THETA, weight: str = "1-t") -> Claims:
     x_g, _, t, x_t = noisy(GENERATOR, 100_000, rng)
     f_phi, f_psi = DATA.posterior_mean(x_t, t), GENERATOR.posterior_mean(x_t, t)
     errors = [(u * (f_psi - x_g)).sum(1) for u in (f_phi - f_psi, x_t.sin())]
     yield mean_is_zero("score identity: E[u(x_t) . f_psi*] = E[u(x_t) . x_g]", torch.stack(errors, 1))
 
     L, L2 = line_losses(data, theta, theta, weight)
-    yield equal("at psi* L2 is the Fisher divergence L, as L1 is", L2, L)
+    yield equal("three forms: at psi* L2 is equal to L1, and that is L, the Fisher divergence", L2, L)
 
 
-def step_8(rng: torch.Generator, data: Mixture = LINE, theta: Tensor = THETA) -> Claims:
+def step_8_alpha(rng: torch.Generator, data: Mixture = LINE, theta: Tensor = THETA) -> Claims:
     g = gradients(data, theta)
     c = g["L2"] - g["L1"]
     yield equal("alpha = 1/2 gives half of the true gradient", g["L2"] - g["L1"] / 2, g["true"] / 2)
@@ -432,20 +432,21 @@ def step_8(rng: torch.Generator, data: Mixture = LINE, theta: Tensor = THETA) ->
     uphill = max(0.0, -float(torch.cosine_similarity(c, g["true"], dim=0)))
     yield "alpha = 1 points downhill: at most 90 degrees from the true gradient", uphill, EXACT
 
-    psi = theta + torch.tensor([0.2, 0.15])  # the fake network lags: it is the optimum for another generator
+    psi = theta + torch.tensor([0.2, 0.15])  # of a fake network that lags behind the generator
     L1, L2 = line_losses(data, theta, psi)
     L, gap = (line_losses(p, theta, theta)[0] for p in (data, Mixture(psi[:1, None], psi[1])))
     claim = "at any psi L_alpha at alpha = 1/2 is (L - gap) / 2, with gap = E[w |f_psi - f_psi*|^2]"
     yield equal(claim, L2 - L1 / 2, (L - gap) / 2)
 
 
-def step_8_in_code(rng: torch.Generator, alpha: float = 1.0, weight: str = "1-t") -> Claims:
+def step_8_sid_loss(rng: torch.Generator, alpha: float = 1.0, weight: str = "1-t") -> Claims:
     x, phi, psi = inputs = [torch.randn(7, 3, generator=rng).requires_grad_() for _ in range(3)]
     t = sid_fm.sample_times(7, SID_LAW, rng=rng)
     loss, w, d = sid_loss(*inputs, t, alpha, weight), sid_fm.loss_weight(weight, t, x, phi)[:, None] / 7, phi - psi
     slopes = [-w * d, w * (phi - x + (1 - 2 * alpha) * d), w * (x - phi + 2 * alpha * d)]
     yield equal("sid_loss is the formula, written out", loss, (w * d * (phi - x - alpha * d)).sum())
-    yield equal("its gradients are", torch.stack(torch.autograd.grad(loss, inputs)), torch.stack(slopes))
+    by_autograd = torch.stack(torch.autograd.grad(loss, inputs))
+    yield equal("the gradients of sid_loss are those of the formula", by_autograd, torch.stack(slopes))
 
     teacher, reached = Net(), []
     student, fake = copy.deepcopy(teacher), copy.deepcopy(teacher)
@@ -453,10 +454,10 @@ def step_8_in_code(rng: torch.Generator, alpha: float = 1.0, weight: str = "1-t"
     held = [*teacher.parameters(), *fake.parameters()]
     optimizers[0].register_step_pre_hook(lambda *_: reached.extend(w for w in held if w.grad is not None))
     next(sid_fm.distill(teacher, student, fake, optimizers, [(None, None)], (8, 2), rng=rng))
-    yield "none of its gradients reaches the weights of the teacher or the fake network", len(reached), EXACT
+    yield "no gradient of the generator's loss reaches the weights of teacher or fake network", len(reached), EXACT
 
 
-def step_9(rng: torch.Generator) -> Claims:
+def step_9_guidance(rng: torch.Generator) -> Claims:
     narrow, wide = (Mixture(torch.zeros(1, 1), sigma) for sigma in (0.5, 1.0))
 
     def net(x_t: Tensor, t: Tensor, cond: dict) -> Tensor:
@@ -468,7 +469,7 @@ def step_9(rng: torch.Generator) -> Claims:
     yield equal(claim, convert(v, x_t, t, "rf", "v", "score"), -5 * x_t)
 
 
-def step_10(rng: torch.Generator, steps: int = 4, noise: str = "fresh", k: int = 4) -> Claims:
+def step_10_few_steps(rng: torch.Generator, steps: int = 4, noise: str = "fresh", k: int = 4) -> Claims:
     net, z, same_rng = Net(), torch.randn(8, 2, generator=rng), torch.Generator().manual_seed(1)
     x_g = generate(net, z, None, steps, noise, stop_after=k, rng=torch.Generator().manual_seed(1))
     x_t = z
@@ -483,7 +484,7 @@ def step_10(rng: torch.Generator, steps: int = 4, noise: str = "fresh", k: int =
     yield equal("generate: only the last step carries gradient", *slopes)
 
 
-STEPS = [step_2, step_3, step_4, step_6, step_7, step_8, step_8_in_code, step_9, step_10]
+STEPS = [function for name, function in [*globals().items()] if name.startswith("step_")]
 
 
 def check_all(seed: int) -> bool:

@@ -73,34 +73,34 @@ def test_every_step_holds(float64, step, seed):
 @pytest.mark.parametrize("path", sid_fm.T_END)
 def test_steps_2_to_4_hold_on_every_path(float64, path):
     for seed in range(3):  # Bayes' rule is checked at one time a seed
-        assert not failed(toy_2d.step_2, seed, path=path)
+        assert not failed(toy_2d.step_2_bayes, seed, path=path)
     for kind in KINDS:
-        assert not failed(toy_2d.step_3, path=path, predicts=kind)
-        assert not failed(toy_2d.step_4, path=path, predicts=kind)
+        assert not failed(toy_2d.step_3_one_loss, path=path, predicts=kind)
+        assert not failed(toy_2d.step_4_paths, path=path, predicts=kind)
 
 
 @pytest.mark.parametrize("weight", [name for name in sid_fm.WEIGHTS if name != "sid"])
 @pytest.mark.parametrize(("data", "theta"), ON_A_LINE.values(), ids=ON_A_LINE)
 def test_step_7_holds_for_every_weight_of_t_alone(float64, data, theta, weight):
-    assert not failed(toy_2d.step_7, data=data, theta=theta, weight=weight)
+    assert not failed(toy_2d.step_7_identity, data=data, theta=theta, weight=weight)
 
 
 @pytest.mark.parametrize(("data", "theta"), ON_A_LINE.values(), ids=ON_A_LINE)
 def test_step_8_holds_for_other_data(float64, data, theta):
-    assert not failed(toy_2d.step_8, data=data, theta=theta)
+    assert not failed(toy_2d.step_8_alpha, data=data, theta=theta)
 
 
 @pytest.mark.parametrize("weight", sid_fm.WEIGHTS)
 def test_the_loss_is_the_formula_for_every_alpha_and_weight(float64, weight):
     for alpha in (0.0, 0.5, 1.0, 1.2):
-        assert not failed(toy_2d.step_8_in_code, alpha=alpha, weight=weight)
+        assert not failed(toy_2d.step_8_sid_loss, alpha=alpha, weight=weight)
 
 
 @pytest.mark.parametrize("noise", sid_fm.NOISES)
 def test_step_10_holds_for_every_number_of_steps(float64, noise):
     for steps in (1, 2, 4):
         for k in range(1, steps + 1):
-            assert not failed(toy_2d.step_10, steps=steps, noise=noise, k=k)
+            assert not failed(toy_2d.step_10_few_steps, steps=steps, noise=noise, k=k)
 
 
 def scaled(function):
@@ -127,24 +127,24 @@ def detached_by_half(function):
 
 
 FAULTS = [
-    (toy_2d.step_2, toy_2d.Mixture, "posterior_mean", lambda f: lambda *args: 0.9 * f(*args)),
-    (toy_2d.step_2, toy_2d, "convert", scaled),
-    (toy_2d.step_3, toy_2d, "convert", scaled),
-    (toy_2d.step_3, toy_2d, "loss_factor", scaled),
-    (toy_2d.step_3, toy_2d, "weight_density", lambda f: lambda recipe, lam: f(recipe, lam + 0.01)),
-    (toy_2d.step_4, sid_fm, "equal_snr", lambda f: lambda *args: (f(*args)[0] * (1 + 1e-6), f(*args)[1])),
-    (toy_2d.step_4, sid_fm, "as_rectified_flow", lambda f: lambda net, *args: scaled(f(net, *args))),
-    (toy_2d.step_6, sid_fm, "flow_matching_loss", lambda f: lambda v, x_0, e, t: f(v, 0.9 * x_0, e, t)),
-    (toy_2d.step_7, toy_2d.Mixture, "posterior_mean", lambda f: lambda *args: 0.97 * f(*args)),
-    (toy_2d.step_7, toy_2d, "sid_loss", with_alpha),
-    (toy_2d.step_8, toy_2d, "sid_loss", with_alpha),
-    (toy_2d.step_8, toy_2d, "sid_loss", with_half_the_gradient),
-    (toy_2d.step_8_in_code, toy_2d, "sid_loss", with_alpha),
-    (toy_2d.step_8_in_code, toy_2d, "sid_loss", with_half_the_gradient),
-    (toy_2d.step_8_in_code, sid_fm, "set_trainable", lambda f: lambda optimizer, flag: f(optimizer, True)),
-    (toy_2d.step_9, sid_fm, "guided", lambda f: lambda *args, guidance: f(*args, guidance=guidance + 1e-6)),
-    (toy_2d.step_10, toy_2d, "generate", scaled),
-    (toy_2d.step_10, toy_2d, "generate", detached_by_half),
+    (toy_2d.step_2_bayes, toy_2d.Mixture, "posterior_mean", lambda f: lambda *args: 0.9 * f(*args)),
+    (toy_2d.step_2_bayes, toy_2d, "convert", scaled),
+    (toy_2d.step_3_one_loss, toy_2d, "convert", scaled),
+    (toy_2d.step_3_one_loss, toy_2d, "loss_factor", scaled),
+    (toy_2d.step_3_one_loss, toy_2d, "weight_density", lambda f: lambda recipe, lam: f(recipe, lam + 0.01)),
+    (toy_2d.step_4_paths, sid_fm, "equal_snr", lambda f: lambda *args: (f(*args)[0] * (1 + 1e-6), f(*args)[1])),
+    (toy_2d.step_4_paths, sid_fm, "as_rectified_flow", lambda f: lambda net, *args: scaled(f(net, *args))),
+    (toy_2d.step_6_fake_network, sid_fm, "flow_matching_loss", lambda f: lambda v, x_0, e, t: f(v, 0.9 * x_0, e, t)),
+    (toy_2d.step_7_identity, toy_2d.Mixture, "posterior_mean", lambda f: lambda *args: 0.97 * f(*args)),
+    (toy_2d.step_7_identity, toy_2d, "sid_loss", with_alpha),
+    (toy_2d.step_8_alpha, toy_2d, "sid_loss", with_alpha),
+    (toy_2d.step_8_alpha, toy_2d, "sid_loss", with_half_the_gradient),
+    (toy_2d.step_8_sid_loss, toy_2d, "sid_loss", with_alpha),
+    (toy_2d.step_8_sid_loss, toy_2d, "sid_loss", with_half_the_gradient),
+    (toy_2d.step_8_sid_loss, sid_fm, "set_trainable", lambda f: lambda optimizer, flag: f(optimizer, True)),
+    (toy_2d.step_9_guidance, sid_fm, "guided", lambda f: lambda *args, guidance: f(*args, guidance=guidance + 1e-6)),
+    (toy_2d.step_10_few_steps, toy_2d, "generate", scaled),
+    (toy_2d.step_10_few_steps, toy_2d, "generate", detached_by_half),
 ]
 
 
@@ -452,6 +452,7 @@ class Constant(nn.Module):
         return self.weight.expand_as(x_t)
 
 
+@pytest.mark.filterwarnings("ignore:Detected call of `lr_scheduler.step")
 def test_a_distilled_student_has_the_running_mean_of_its_weights(monkeypatch):
     """And a copy of it after 1 and after all iterations, a number an iteration in the log, a tick an iteration on the bar."""
     values = [1.0, 3.0, 2.0]
@@ -469,8 +470,8 @@ def test_a_distilled_student_has_the_running_mean_of_its_weights(monkeypatch):
     mean = values[0]
     for n, value in enumerate(values[1:], 1):
         mean = mean + 6 / (n + 6) * (value - mean)
-    assert float(distilled.student.weight) == pytest.approx(mean, rel=1e-6)
-    assert [*distilled.copies] == [1, 2, 3] and float(distilled.copies[1].weight) == values[0]
+    assert distilled.student.weight.item() == pytest.approx(mean, rel=1e-6)
+    assert [*distilled.copies] == [1, 2, 3] and distilled.copies[1].weight.item() == values[0]
     assert distilled.log == {"fisher": values, "skipped": [0.0] * 3} and distilled.fake is nets[2] and bar.n == 3
 
 
@@ -584,7 +585,7 @@ def test_a_run_that_diverges_says_so(monkeypatch, tmp_path, capsys):
 
 
 def test_check_alone_reports_and_a_failed_claim_is_exit_status_1(monkeypatch, capsys):
-    monkeypatch.setattr(toy_2d, "STEPS", [toy_2d.step_10])
+    monkeypatch.setattr(toy_2d, "STEPS", [toy_2d.step_10_few_steps])
     assert main(monkeypatch, "--check") == 0
     assert "2 of 2 hold" in capsys.readouterr().out
 
