@@ -14,6 +14,7 @@ import copy
 import json
 import math
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -47,7 +48,7 @@ KINDS = torch.tensor([0.4, 0.2, 0.4])  # probabilities: one object, two alike, a
 SIZE = 24  # pixels a side of a picture
 PIXELS = torch.arange(SIZE) + 0.5  # where the pixels' centres are, along x and y
 RADII = (3.5, 4.5)  # the range of half the side of an object's box
-DISTANCE = 13  # between the places of two objects
+PLACES = torch.tensor([-6.5, 6.5])  # of two objects, from the middle
 JITTER = 1.5  # the largest distance of an object from its place, along x and along y
 
 
@@ -74,8 +75,7 @@ def sample_scenes(n: int, rng: torch.Generator) -> Scenes:
     # One object is near the middle. Two are side by side or one above the other, a pixel apart.
     centre = SIZE / 2 + JITTER * (2 * torch.rand(n, 2, 2, generator=rng) - 1)
     axis = (relation == RELATIONS.index("above")).long()
-    offset = torch.tensor([-DISTANCE / 2, DISTANCE / 2])
-    centre[torch.arange(n), :, axis] += torch.where(count[:, None] == 1, 0, offset)
+    centre[torch.arange(n), :, axis] += torch.where(count[:, None] == 1, 0, PLACES)
     return Scenes(count, relation, colour, shape, radius, centre)
 
 
@@ -183,9 +183,8 @@ def accuracy(found: Found, scenes: Scenes) -> dict[str, Tensor]:
     first, second = (position[rows, scenes.colour[:, i]] for i in range(2))
     one_each = (shown.sum(2)[rows[:, None], scenes.colour] == 1).all(1)
     axis, related = scenes.relation.clamp(min=0), scenes.relation >= 0
-    distance = (second - first)[rows, axis]
-    # Each object's centre is beyond the other object's edge.
-    apart = one_each & (distance > first[:, 2]) & (distance > second[:, 2])
+    distance, radius = (second - first)[rows, axis], torch.maximum(first, second)[:, 2]
+    apart = one_each & (distance > radius)  # each centre is beyond the other object's edge
     return {
         "object": (shown.sum(1) == asked.sum(1)).all(1).float(),
         "colour": ((shown.sum(2) > 0) == (asked.sum(2) > 0)).all(1).float(),
@@ -245,8 +244,7 @@ LENGTH, WIDTH = 5, 96  # the most words of a caption; the width of a word's embe
 EMBEDDING = nn.init.orthogonal_(torch.empty(LENGTH * len(WORDS), WIDTH), generator=torch.Generator().manual_seed(7))
 EMBEDDING = EMBEDDING.view(LENGTH, len(WORDS), WIDTH) * WIDTH**0.5
 BLOCK, CHANNELS = 4, 12  # a latent pixel stands for BLOCK x BLOCK pixels
-SIDE = SIZE // BLOCK
-LATENT = (CHANNELS, SIDE, SIDE)  # the shape of a picture's latent
+LATENT = (CHANNELS, SIZE // BLOCK, SIZE // BLOCK)  # the shape of a picture's latent
 
 DIT = {"num_layers": 4, "num_attention_heads": 4, "attention_head_dim": 16}
 IMAGE = {"patch_size": 2, "in_channels": CHANNELS, "out_channels": CHANNELS}
@@ -257,11 +255,11 @@ NETWORKS: dict[str, tuple[type[nn.Module], dict]] = {
         {"_class_name": "SD3Transformer2DModel", **DIT, **IMAGE}
         | {"caption_projection_dim": 64, "joint_attention_dim": WIDTH, "pooled_projection_dim": WIDTH}
         # The position table is stretched, because few tokens would be close to each other in it.
-        | {"pos_embed_max_size": SIDE // 2, "sample_size": 4 * SIDE},
+        | {"pos_embed_max_size": 3, "sample_size": 24},
     ),
     "sana": (
         sid_fm.SanaDiT,
-        {"_class_name": "SanaTransformer2DModel", **DIT, **IMAGE, "sample_size": SIDE, "caption_channels": WIDTH}
+        {"_class_name": "SanaTransformer2DModel", **DIT, **IMAGE, "sample_size": 6, "caption_channels": WIDTH}
         | {"num_cross_attention_heads": 4, "cross_attention_head_dim": 16, "cross_attention_dim": 64},
     ),
     "flux": (
@@ -318,7 +316,6 @@ def decode_latents(latents: Tensor) -> Tensor:
 # ----------------------------------------------------------------------------------------------------------------------
 
 BATCH_SIZE = 64
-DROPPED = 0.1  # the part of the captions that is replaced by the empty prompt
 TEACHER_RATE = 5e-3
 # Learning rates of a student and of its fake network, which has to keep up with the student.
 FEW_STEP_RATES, ONE_STEP_RATES, DATA_AIDED_RATES = (3e-4, 2e-3), (1e-3, 3e-3), (1e-4, 1e-3)
@@ -331,7 +328,7 @@ def tiny_teacher(net: nn.Module, iters: int, seed: int, bar: tqdm) -> nn.Module:
     schedule, average = cosine(optimizer, iters), AveragedModel(net, multi_avg_fn=get_ema_multi_avg_fn(0.99))
     for _ in range(iters):
         scenes = sample_scenes(BATCH_SIZE, rng)
-        dropped = torch.rand(BATCH_SIZE, generator=rng) < DROPPED
+        dropped = torch.rand(BATCH_SIZE, generator=rng) < 0.1
         cond = encode_text(["" if drop else text for text, drop in zip(write_captions(scenes), dropped)], device)
         x_0 = encode_pictures(render(scenes)).to(device)
         e, t = noise_like(x_0, rng), sample_times(BATCH_SIZE, (0.0, 1.0), rng=rng).to(device)
@@ -404,7 +401,6 @@ def tiny_students(args: argparse.Namespace, teacher: nn.Module) -> list[Distille
 # Measuring
 # ----------------------------------------------------------------------------------------------------------------------
 
-Sampler = Callable[[Tensor, dict], Tensor]  # noise and captions' cond to latents
 GROUPS = 20  # of the jackknife
 
 
@@ -421,16 +417,16 @@ class PictureMeasure:
         data = frechet_features(decode_latents(encode_pictures(data)))
         self.mean, self.covariance = data.mean(0), data.T.cov()
 
-    def euler(self, net: nn.Module, steps: int, guidance: float) -> Sampler:
+    def euler(self, net: nn.Module, steps: int, guidance: float) -> Callable:
         times = torch.linspace(1, 0, steps + 1)
         return partial(sid_fm.sample_ode, net, uncond=self.uncond, times=times, guidance=guidance)
 
-    def few_step(self, net: nn.Module, steps: int, noise: str) -> Sampler:
+    def few_step(self, net: nn.Module, steps: int, noise: str) -> Callable:
         rng = torch.Generator().manual_seed(self.seed)
         return partial(sid_fm.generate, net, steps=steps, noise=noise, rng=rng)
 
     @torch.no_grad()
-    def sample(self, sampler: Sampler, count: int, bar: tqdm) -> tuple[Tensor, float]:
+    def sample(self, sampler: Callable, count: int, bar: tqdm) -> tuple[Tensor, float]:
         """-> pictures of the first `count` captions, and seconds per thousand"""
         start, latents = time.perf_counter(), []
         for rows in torch.arange(count).split(250):
@@ -441,8 +437,8 @@ class PictureMeasure:
         return pictures, (time.perf_counter() - start) * 1000 / count
 
     def __call__(self, pictures: Tensor) -> dict[str, tuple[float, float]]:
-        """Measurements of the pictures of the first captions. Each has half of its 95% interval,
-        by a jackknife that leaves out one of GROUPS groups at a time."""
+        """Measures pictures of the first captions. Returns name -> (value, half of a 95% interval);
+        a jackknife that leaves out one of GROUPS groups at a time gives the intervals."""
         scenes = Scenes(*(column[: len(pictures)] for column in self.scenes))
         found, x = read_objects(pictures), frechet_features(pictures)
         parts, answers = accuracy(found, scenes), size_and_position(found, scenes)
@@ -495,14 +491,13 @@ def plot_decline(file: Path, student: dict[int, dict], title: str) -> None:
 
 
 def plot_guidance(file: Path, teacher: dict[float, dict], students: dict[str, dict], guidance: float) -> None:
-    """Accuracy and diversity of the teacher against the guidance that it is sampled with; students
-    stand at the guidance that they were distilled with."""
+    """Accuracy and diversity of the teacher against the guidance that it is sampled with. Students
+    stand a little to the right of the guidance that they were distilled with."""
     figure, axes = sid_fm.pyplot().subplots(1, 2, figsize=(10, 3.8))
     panels = (("all", "accuracy, all of the caption, %", 100), ("diversity", "diversity, bits", 1))
     for axis, (key, label, scale) in zip(axes, panels):
         values, halves = scale * np.array([line[key] for line in teacher.values()]).T
         axis.errorbar([*teacher], values, halves, color=GREY, marker="o", capsize=3, label="teacher, 28 steps")
-        # Students stand a little to the right of their guidance, so that all are seen.
         for color, shift, (name, line) in zip((BLUE, RED, INK), (0.1, 0.2, 0.3), students.items()):
             value, half = scale * np.array(line[key])
             axis.errorbar(guidance + shift, value, half, color=color, marker="s", capsize=3, label=name)
@@ -524,7 +519,7 @@ def plot_pictures(file: Path, pictures: dict[str, Tensor], texts: list[str]) -> 
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def run_experiment(args: argparse.Namespace) -> None:
+def run_tiny(args: argparse.Namespace) -> None:
     """Teacher, students, table and figures."""
     start = time.perf_counter()
     teacher = load_or_train_teacher(args)
@@ -558,19 +553,19 @@ def run_experiment(args: argparse.Namespace) -> None:
     discriminator = float(np.mean(aided.log["discriminator"][-100:]))
     print_table(table, args.samples, args.guidance)
     print(f"  the discriminator's cross-entropy at the end: {discriminator:.3f} (log 2 = 0.693: it tells nothing)")
-    seconds = time.perf_counter() - start
-    results = {"args": vars(args), "seconds": seconds, "table": table, "discriminator": discriminator}
-    sid_fm.write_json(args.out / "results.json", results | {"convergence": copies, "guidance": guidances})
+    results = {"args": vars(args), "seconds": time.perf_counter() - start, "table": table}
+    results |= {"discriminator": discriminator, "convergence": copies, "guidance": guidances}
+    sid_fm.write_json(args.out / "results.json", results)
 
     best = {name: f"{name}, {plural(counts[0])}" for name, (_, counts) in students.items()}
     shown = ["data", *(f"teacher, {plural(n)}" for n in (28, 4, 1)), *best.values()]
     plot_pictures(args.out / "samples.png", {row: pictures[row] for row in shown}, measure.texts)
     plot_decline(args.out / "convergence.png", copies, f"{title} one-step student")
     plot_guidance(args.out / "guidance.png", guidances, {name: table[row] for name, row in best.items()}, args.guidance)
-    print(f"  {seconds:.0f} s in all; weights, results.json and figures are in {args.out}")
+    print(f"  {results['seconds']:.0f} s in all; weights, results.json and figures are in {args.out}")
 
 
-def main() -> None:
+def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.error = sid_fm.fail
     add = parser.add_argument
@@ -578,8 +573,7 @@ def main() -> None:
     add("--steps", type=sid_fm.positive_integer, default=4, help="K of the few-step student (%(default)s)")
     add("--loss", choices=sid_fm.LOSSES, default="sid", help="of the students (%(default)s)")
     add("--alpha", type=sid_fm.finite_number, default=1.0, help="of the SiD loss (%(default)s)")
-    # 1/t^2 compares velocities, as flow matching does. The authors' 1 - t hardly sees the little
-    # noise that a student leaves in a picture.
+    # The authors' 1 - t hardly sees the little noise that a student leaves in a picture.
     add("--weight", choices=sid_fm.WEIGHTS, default="1/t^2", help="w(t) of the SiD or DMD loss (%(default)s)")
     add("--noise", choices=sid_fm.NOISES, default="fresh", help="between the student's steps (%(default)s)")
     add("--guidance", type=sid_fm.finite_number, default=1.0, help="of the teacher, and in distillation (%(default)s)")
@@ -595,6 +589,12 @@ def main() -> None:
     args.teacher_iters = args.teacher_iters or (900 if args.quick else 4500)
     args.iters = args.iters or (150 if args.quick else 1800)
     args.samples = args.samples or (200 if args.quick else 4000)
+    return args
+
+
+def main() -> None:
+    args = parse()
+    warnings.filterwarnings("ignore", "Detected call of .lr_scheduler")  # a student may wait
     with sid_fm.one_line_errors():
         if args.device == "cuda" and not torch.cuda.is_available():
             raise sid_fm.BadInput("torch finds no GPU on this machine: use --device cpu")
@@ -603,7 +603,7 @@ def main() -> None:
         if args.lora:  # a rank that is too large is refused before the teacher is trained
             sid_fm.adapt(tiny_network(args.arch, args.seed), args.lora)
         args.out.mkdir(parents=True, exist_ok=True)
-        run_experiment(args)
+        run_tiny(args)
 
 
 if __name__ == "__main__":
