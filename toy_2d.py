@@ -630,7 +630,7 @@ def plot_alpha(file: Path) -> None:
 
 def plot_samples(file: Path, panels: dict[str, Tensor]) -> None:
     """Data, teacher and students side by side."""
-    figure, axes = sid_fm.pyplot().subplots(1, len(panels), figsize=(2.4 * len(panels), 2.95), sharex=True, sharey=True)
+    figure, axes = sid_fm.pyplot().subplots(1, len(panels), figsize=(2.4 * len(panels), 3.2), sharex=True, sharey=True)
     limit = 1.15 * float(panels["data"].abs().max())
     for axis, (name, x) in zip(axes, panels.items()):
         axis.plot(*x[:8000].T, ".", color=BLUE, markersize=1.2, alpha=0.3)

