@@ -550,12 +550,11 @@ def run_tiny(args: argparse.Namespace) -> None:
     data = render(measure.scenes)
     pictures |= {"data": data, "data, through the autoencoder": decode_latents(encode_pictures(data))}
     table = {name: measure(x) for name, x in pictures.items() if name not in table} | table
-    discriminator = float(np.mean(aided.log["discriminator"][-100:]))
-    print_table(table, args.samples, args.guidance)
-    print(f"  the discriminator's cross-entropy at the end: {discriminator:.3f} (log 2 = 0.693: it tells nothing)")
-    results = {"args": vars(args), "seconds": time.perf_counter() - start, "table": table}
-    results |= {"discriminator": discriminator, "convergence": copies, "guidance": guidances}
+    results = {"args": vars(args), "seconds": time.perf_counter() - start, "table": table, "convergence": copies}
+    results |= {"guidance": guidances, "discriminator": float(np.mean(aided.log["discriminator"][-100:]))}
     sid_fm.write_json(args.out / "results.json", results)
+    print_table(table, args.samples, args.guidance)
+    print(f"  the discriminator's cross-entropy at the end: {results['discriminator']:.3f} (0.693 is chance)")
 
     best = {name: f"{name}, {plural(counts[0])}" for name, (_, counts) in students.items()}
     shown = ["data", *(f"teacher, {plural(n)}" for n in (28, 4, 1)), *best.values()]
@@ -570,32 +569,33 @@ def parse() -> argparse.Namespace:
     parser.error = sid_fm.fail
     add = parser.add_argument
     add("--arch", choices=NETWORKS, default="mmdit", help="the network (%(default)s)")
-    add("--steps", type=sid_fm.positive_integer, default=4, help="K of the few-step student (%(default)s)")
+    add("--steps", type=int, default=4, help="K of the few-step student (%(default)s)")
     add("--loss", choices=sid_fm.LOSSES, default="sid", help="of the students (%(default)s)")
-    add("--alpha", type=sid_fm.finite_number, default=1.0, help="of the SiD loss (%(default)s)")
+    add("--alpha", type=float, default=1.0, help="of the SiD loss (%(default)s)")
     # The authors' 1 - t hardly sees the little noise that a student leaves in a picture.
     add("--weight", choices=sid_fm.WEIGHTS, default="1/t^2", help="w(t) of the SiD or DMD loss (%(default)s)")
     add("--noise", choices=sid_fm.NOISES, default="fresh", help="between the student's steps (%(default)s)")
-    add("--guidance", type=sid_fm.finite_number, default=1.0, help="of the teacher, and in distillation (%(default)s)")
-    add("--lora", type=sid_fm.positive_integer, metavar="RANK", help="train low-rank adapters on the teacher")
+    add("--guidance", type=float, default=1.0, help="of the teacher, and in distillation (%(default)s)")
+    add("--lora", type=int, metavar="RANK", help="train low-rank adapters on the teacher")
     add("--quick", action="store_true", help="a short run, one minute")
     add("--device", choices=("cpu", "cuda"), default="cpu", help="of the networks (%(default)s)")
-    add("--teacher-iters", type=sid_fm.positive_integer, help="of the teacher's training (4500; with --quick 900)")
-    add("--iters", type=sid_fm.positive_integer, help="of distillation (1800; with --quick 150)")
-    add("--samples", type=sid_fm.positive_integer, help="in a row of the table (4000; with --quick 200)")
-    add("--seed", type=sid_fm.whole_number, default=0, help="fixes everything (%(default)s)")
+    add("--teacher-iters", type=int, help="of the teacher's training (4500; with --quick 700)")
+    add("--iters", type=int, help="of distillation (1800; with --quick 150)")
+    add("--samples", type=int, help="in a row of the table (4000; with --quick 200)")
+    add("--seed", type=int, default=0, help="fixes everything (%(default)s)")
     add("--out", type=Path, default=Path("runs/dit_tiny"), help="folder of weights and figures (%(default)s)")
     args = parser.parse_args()
-    args.teacher_iters = args.teacher_iters or (900 if args.quick else 4500)
+    sid_fm.check_numbers(args)
+    args.teacher_iters = args.teacher_iters or (700 if args.quick else 4500)
     args.iters = args.iters or (150 if args.quick else 1800)
     args.samples = args.samples or (200 if args.quick else 4000)
     return args
 
 
 def main() -> None:
-    args = parse()
     warnings.filterwarnings("ignore", "Detected call of .lr_scheduler")  # a student may wait
     with sid_fm.one_line_errors():
+        args = parse()
         if args.device == "cuda" and not torch.cuda.is_available():
             raise sid_fm.BadInput("torch finds no GPU on this machine: use --device cpu")
         if args.samples < 5 * GROUPS:
