@@ -402,6 +402,7 @@ def tiny_students(args: argparse.Namespace, teacher: nn.Module) -> list[Distille
 # ----------------------------------------------------------------------------------------------------------------------
 
 GROUPS = 20  # of the jackknife
+GUIDANCES = (1.0, 2.5, 4.5, 7.0)  # of the figure
 
 
 class PictureMeasure:
@@ -425,18 +426,7 @@ class PictureMeasure:
         rng = torch.Generator().manual_seed(self.seed)
         return partial(sid_fm.generate, net, steps=steps, noise=noise, rng=rng)
 
-    @torch.no_grad()
-    def sample(self, sampler: Callable, count: int, bar: tqdm) -> tuple[Tensor, float]:
-        """-> pictures of the first `count` captions, and seconds per thousand"""
-        start, latents = time.perf_counter(), []
-        for rows in torch.arange(count).split(250):
-            cond = {name: value[rows] for name, value in self.cond.items()}
-            latents.append(sampler(self.z[rows], cond).cpu())
-            bar.update(len(rows))
-        pictures = decode_latents(torch.cat(latents))
-        return pictures, (time.perf_counter() - start) * 1000 / count
-
-    def __call__(self, pictures: Tensor) -> dict[str, tuple[float, float]]:
+    def scores(self, pictures: Tensor) -> dict[str, tuple[float, float]]:
         """Measures pictures of the first captions. Returns name -> (value, half of a 95% interval);
         a jackknife that leaves out one of GROUPS groups at a time gives the intervals."""
         scenes = Scenes(*(column[: len(pictures)] for column in self.scenes))
@@ -455,14 +445,21 @@ class PictureMeasure:
         measurements = zip(("frechet", "diversity", *parts), figures(group >= 0), halves)
         return {name: (float(value), float(half)) for name, value, half in measurements}
 
-    def rows(self, samplers: dict, count: int, bar: tqdm) -> tuple[dict[str, Tensor], dict[str, dict]]:
-        """The pictures of each sampler, and their measurements."""
-        pictures, table = {}, {}
-        for name, sampler in samplers.items():
-            pictures[name], seconds = self.sample(sampler, count, bar)
-            table[name] = self(pictures[name]) | {"seconds": seconds}
-            bar.set_postfix_str(f"accuracy {table[name]['all'][0]:.1%}")
-        return pictures, table
+    @torch.no_grad()
+    def sample(self, sampler: Callable, count: int, bar: tqdm) -> tuple[Tensor, dict]:
+        """Pictures of the first `count` captions; their scores, and the seconds per thousand."""
+        start, latents = time.perf_counter(), []
+        for rows in torch.arange(count).split(250):
+            cond = {name: value[rows] for name, value in self.cond.items()}
+            latents.append(sampler(self.z[rows], cond).cpu())
+            bar.update(len(rows))
+        pictures = decode_latents(torch.cat(latents))
+        seconds = (time.perf_counter() - start) * 1000 / count
+        return pictures, self.scores(pictures) | {"seconds": seconds}
+
+    def jobs(self, samplers: dict[str, Callable], count: int) -> dict[str, tuple[int, Callable]]:
+        """`sample` of each sampler, for run_jobs."""
+        return {name: (count, partial(self.sample, sampler, count)) for name, sampler in samplers.items()}
 
 
 def print_table(table: dict[str, dict], samples: int, guidance: float) -> None:
@@ -510,7 +507,9 @@ def plot_pictures(file: Path, pictures: dict[str, Tensor], texts: list[str]) -> 
     """A row for each sampler, and a column for each of eight captions, from short to long."""
     shown = [texts.index(text) for text in dict.fromkeys(sorted(texts, key=len))]
     shown = shown[:: max(1, len(shown) // 8)][:8]
-    rows = {name.replace(", ", "\n"): sid_fm.to_pixels(x[shown]) for name, x in pictures.items()}
+    rows = {
+        name.replace(", ", "\n").replace(" data", "\ndata"): sid_fm.to_pixels(x[shown]) for name, x in pictures.items()
+    }
     sid_fm.plot_images(file, rows, [texts[i] for i in shown])
 
 
@@ -538,30 +537,29 @@ def run_tiny(args: argparse.Namespace) -> None:
     for name, (result, counts) in students.items():
         sid_fm.save_student(result.student, None, args.out / name.lower().replace(" ", "-"))
         samplers |= {f"{name}, {plural(n)}": measure.few_step(result.student, n, args.noise) for n in counts}
-    copies = {iterations: measure.few_step(student, 1, args.noise) for iterations, student in one.copies.items()}
-    guidances = {guidance: measure.euler(teacher, 28, guidance) for guidance in (1.0, 2.5, 4.5, 7.0)}
+    along = {f"after {i} iterations": measure.few_step(net, 1, args.noise) for i, net in one.copies.items()}
+    guided = {f"guidance {g}": measure.euler(teacher, 28, g) for g in GUIDANCES}
+    jobs = measure.jobs(samplers | along, args.samples) | measure.jobs(guided, min(1000, args.samples))
+    results = run_jobs(jobs)
 
-    def job(samplers: dict, count: int) -> tuple[int, Callable]:
-        return count * len(samplers), partial(measure.rows, samplers, count)
-
-    jobs = {"table": job(samplers, args.samples), "convergence": job(copies, args.samples)}
-    jobs |= {"guidance": job(guidances, min(1000, args.samples))}
-    (pictures, table), (_, copies), (_, guidances) = run_jobs(jobs).values()
     data = render(measure.scenes)
-    pictures |= {"data": data, "data, through the autoencoder": decode_latents(encode_pictures(data))}
-    table = {name: measure(x) for name, x in pictures.items() if name not in table} | table
-    results = {"args": vars(args), "seconds": time.perf_counter() - start, "table": table, "convergence": copies}
-    results |= {"guidance": guidances, "discriminator": float(np.mean(aided.log["discriminator"][-100:]))}
-    sid_fm.write_json(args.out / "results.json", results)
+    data = {"data": data, "data, through the autoencoder": decode_latents(encode_pictures(data))}
+    pictures = data | {name: results[name][0] for name in samplers}
+    table = {name: measure.scores(x) for name, x in data.items()} | {name: results[name][1] for name in samplers}
+    copies = {i: results[name][1] for i, name in zip(one.copies, along)}
+    guidances = {g: results[name][1] for g, name in zip(GUIDANCES, guided)}
+    notes = {"args": vars(args), "seconds": time.perf_counter() - start, "table": table, "convergence": copies}
+    notes |= {"guidance": guidances, "discriminator": float(np.mean(aided.log["discriminator"][-100:]))}
+    sid_fm.write_json(args.out / "results.json", notes)
     print_table(table, args.samples, args.guidance)
-    print(f"  the discriminator's cross-entropy at the end: {results['discriminator']:.3f} (0.693 is chance)")
+    print(f"  the discriminator's cross-entropy at the end: {notes['discriminator']:.3f} (0.693 is chance)")
 
     best = {name: f"{name}, {plural(counts[0])}" for name, (_, counts) in students.items()}
     shown = ["data", *(f"teacher, {plural(n)}" for n in (28, 4, 1)), *best.values()]
     plot_pictures(args.out / "samples.png", {row: pictures[row] for row in shown}, measure.texts)
     plot_decline(args.out / "convergence.png", copies, f"{title} one-step student")
     plot_guidance(args.out / "guidance.png", guidances, {name: table[row] for name, row in best.items()}, args.guidance)
-    print(f"  {results['seconds']:.0f} s in all; weights, results.json and figures are in {args.out}")
+    print(f"  {notes['seconds']:.0f} s in all; weights, results.json and figures are in {args.out}")
 
 
 def parse() -> argparse.Namespace:

@@ -140,14 +140,14 @@ def test_measurements_and_their_intervals():
     colour = torch.where(wrong[:, None], (measure.scenes.colour + 1) % 3, measure.scenes.colour)
     latents = dit_tiny.encode_pictures(dit_tiny.render(measure.scenes._replace(colour=colour)))
     rows = iter(latents.split(250))
-    pictures, table = measure.rows({"data": lambda z, cond: next(rows)}, 2000, mock.MagicMock())
-    torch.testing.assert_close(pictures["data"], dit_tiny.decode_latents(latents))
-    value, half = table["data"]["all"]
+    pictures, scores = measure.sample(lambda z, cond: next(rows), 2000, mock.MagicMock())
+    torch.testing.assert_close(pictures, dit_tiny.decode_latents(latents))
+    value, half = scores["all"]
     assert value == pytest.approx(1 - float(wrong.float().mean()), abs=0.01)
     # The jackknife of 20 groups knows a standard error to 1 / sqrt(2 x 19) = 16% of it.
     assert half == pytest.approx(1.96 * math.sqrt(value * (1 - value) / 2000), rel=5 * 0.16)
-    distance, half = table["data"]["frechet"]
-    assert distance < 0.02 and half < 0.01 and table["data"]["diversity"][0] == pytest.approx(3, abs=0.1)
+    distance, half = scores["frechet"]
+    assert distance < 0.02 and half < 0.01 and scores["diversity"][0] == pytest.approx(3, abs=0.1)
 
 
 def test_the_captions_of_a_batch_describe_its_data():
