@@ -578,14 +578,14 @@ def parse() -> argparse.Namespace:
     add("--quick", action="store_true", help="a short run, one minute")
     add("--device", choices=("cpu", "cuda"), default="cpu", help="of the networks (%(default)s)")
     add("--teacher-iters", type=int, help="of the teacher's training (4500; with --quick 700)")
-    add("--iters", type=int, help="of distillation (1800; with --quick 150)")
+    add("--iters", type=int, help="of distillation (1800; with --quick 120)")
     add("--samples", type=int, help="in a row of the table (4000; with --quick 200)")
     add("--seed", type=int, default=0, help="fixes everything (%(default)s)")
     add("--out", type=Path, default=Path("runs/dit_tiny"), help="folder of weights and figures (%(default)s)")
     args = parser.parse_args()
     sid_fm.check_numbers(args)
     args.teacher_iters = args.teacher_iters or (700 if args.quick else 4500)
-    args.iters = args.iters or (150 if args.quick else 1800)
+    args.iters = args.iters or (120 if args.quick else 1800)
     args.samples = args.samples or (200 if args.quick else 4000)
     return args
 
