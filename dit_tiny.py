@@ -1,23 +1,22 @@
-"""SiD on a small text-conditioned DiT: the paper's experiment on pictures that can be scored exactly.
+"""SiD on a small text-to-image DiT: the paper's experiment, on pictures that can be read back.
 
-    python dit_tiny.py                train a teacher, distil it data-free and data-aided, print a table, draw figures
-    python dit_tiny.py --quick        the same, short: to see it work
-    python dit_tiny.py --arch sana    on SANA's network; --arch flux on FLUX's
-    python dit_tiny.py --preset gpu   larger: pictures of 64 x 64 pixels, tens of millions of weights
+    python dit_tiny.py                train a teacher, distill it, print a table, plot figures
+    python dit_tiny.py --quick        the same in one minute, less well
+    python dit_tiny.py --arch sana    with SANA's network; --arch flux with FLUX's
 
-Networks, losses, loop and samplers are sid_fm's. Chapters: pictures and captions; reading pictures back; networks and
-latents; teacher and students; measuring; figures; the command line.
+Networks, losses, training loop and samplers are sid_fm.py's; toy_2d.py has the function that
+distills a student. Chapters: pictures and captions; reading pictures back; networks and latents;
+teacher and students; measuring; figures; command line.
 """
 
 import argparse
 import copy
 import json
 import math
-import threading
 import time
 import warnings
-from collections.abc import Callable
-from functools import cache, partial
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,43 +24,36 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from tqdm import tqdm
 
 import sid_fm
-from sid_fm import (
-    add_noise,
-    fail,
-    finite_number,
-    flow_matching_loss,
-    noise_like,
-    positive_integer,
-    sample_times,
-    whole_number,
-    write_json,
-)
-from toy_2d import BLUE, GREY, INK, RED, TITLES, cosine, few_step, plot_decay, plural, save, workers
+from sid_fm import add_noise, flow_matching_loss, noise_like, sample_times
+from toy_2d import BLUE, GREY, INK, RED, TITLES, Distilled, cosine, distill_student, plural, run_jobs, save_figure
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Pictures and captions
 # ----------------------------------------------------------------------------------------------------------------------
-# One object ("red circle"), two alike ("two red circles"), or a pair of two colours in a relation ("red circle left of
-# blue square"). Each stands near a place that the caption settles, and never over another, so that a picture can be read
-# back. Sizes and distances from the places are continuous: all pictures of a caption are one connected set.
+# A picture shows one object ("red circle"), two that are alike ("two red circles"), or two of
+# different colours in a relation ("red circle left of blue square"). Each object stands near a
+# place that the caption determines, and objects never overlap, so that a picture can be read back.
+# Sizes and positions are continuous.
 
 COLOURS = {"red": (0.84, 0.16, 0.16), "green": (0.13, 0.60, 0.30), "blue": (0.16, 0.35, 0.80)}
-PALETTE = torch.tensor([(0.96, 0.95, 0.92), *COLOURS.values()]) * 2 - 1  # the background, then the colours, in [-1, 1]
+PALETTE = torch.tensor([(0.96, 0.95, 0.92), *COLOURS.values()]) * 2 - 1  # background, colours
 SHAPES = ("circle", "square", "triangle")
 RELATIONS = ("left of", "above")  # along x, along y
-KINDS = torch.tensor([0.4, 0.2, 0.4])  # how often: one object, two alike, a pair
+KINDS = torch.tensor([0.4, 0.2, 0.4])  # probabilities: one object, two alike, a relation
 
-# A scene is SIZE units a side, whatever the number of pixels that show it (24, or 64 with --preset gpu).
-SIZE = 24
-RADII = (3.5, 4.5)  # half the side of an object's box: from, to
-APART = 13  # between the places of two objects
-JITTER = 1.5  # how far from its place an object may stand, along x and along y
+SIZE = 24  # pixels a side of a picture
+PIXELS = torch.arange(SIZE) + 0.5  # where the pixels' centres are, along x and y
+RADII = (3.5, 4.5)  # the range of half the side of an object's box
+PLACES = torch.tensor([-6.5, 6.5])  # of two objects, from the middle
+JITTER = 1.5  # the largest distance of an object from its place, along x and along y
 
 
 class Scenes(NamedTuple):
-    """n pictures, described. Of one object the second column means nothing."""
+    """The contents of n pictures. Where a picture has one object, column 1 means nothing."""
 
     count: Tensor  # [n] 1 or 2
     relation: Tensor  # [n] index of RELATIONS, or -1
@@ -71,75 +63,49 @@ class Scenes(NamedTuple):
     centre: Tensor  # [n, 2, 2]: x, y
 
 
-def draw_scenes(n: int, rng: torch.Generator) -> Scenes:
-    """Colours, shapes, sizes and places independent and uniform, but for what a caption of two objects asks for."""
-
-    def draw(high: int, *shape: int) -> Tensor:
-        return torch.randint(high, shape, generator=rng)
-
+def sample_scenes(n: int, rng: torch.Generator) -> Scenes:
+    """Random scenes. Everything that the kind of picture leaves open is uniform and independent."""
+    integers = partial(torch.randint, generator=rng)
     kind = torch.multinomial(KINDS, n, replacement=True, generator=rng)
-    colour, shape = draw(len(COLOURS), n, 2), draw(len(SHAPES), n, 2)
-    colour[:, 1] = (colour[:, 0] + torch.where(kind == 1, 0, 1 + draw(len(COLOURS) - 1, n))) % len(COLOURS)
+    colour, shape = integers(len(COLOURS), (n, 2)), integers(len(SHAPES), (n, 2))
+    colour[:, 1] = (colour[:, 0] + torch.where(kind == 1, 0, 1 + integers(len(COLOURS) - 1, (n,)))) % len(COLOURS)
     shape[:, 1] = torch.where(kind == 1, shape[:, 0], shape[:, 1])
-    count, relation = 1 + (kind > 0).long(), torch.where(kind == 2, draw(len(RELATIONS), n), -1)
-    return Scenes(count, relation, colour, shape, *place(count, relation, rng))
-
-
-def place(count: Tensor, relation: Tensor, rng: torch.Generator) -> tuple[Tensor, Tensor]:
-    """radius [n, 2], centre [n, 2, 2]. One object is near the middle; two are side by side, or one above the other, never
-    nearer than one unit."""
-    n = len(count)
+    count, relation = 1 + (kind > 0).long(), torch.where(kind == 2, integers(len(RELATIONS), (n,)), -1)
     radius = RADII[0] + (RADII[1] - RADII[0]) * torch.rand(n, 2, generator=rng)
+    # One object is near the middle. Two are side by side or one above the other, a pixel apart.
     centre = SIZE / 2 + JITTER * (2 * torch.rand(n, 2, 2, generator=rng) - 1)
     axis = (relation == RELATIONS.index("above")).long()
-    offset = torch.tensor([-APART / 2, APART / 2])
-    centre[torch.arange(n), :, axis] += torch.where(count[:, None] == 1, 0, offset)
-    return radius, centre
+    centre[torch.arange(n), :, axis] += torch.where(count[:, None] == 1, 0, PLACES)
+    return Scenes(count, relation, colour, shape, radius, centre)
 
 
-def draw_again(scenes: Scenes, rng: torch.Generator) -> Scenes:
-    """Other pictures of the same captions."""
-    return Scenes(*scenes[:4], *place(scenes.count, scenes.relation, rng))
-
-
-def captions(scenes: Scenes) -> list[str]:
+def write_captions(scenes: Scenes) -> list[str]:
     names, texts = [*COLOURS], []
-    for count, relation, colour, shape in zip(*(scenes[i].tolist() for i in range(4))):
+    for count, relation, colour, shape in zip(*(column.tolist() for column in scenes[:4])):
         first, second = (f"{names[c]} {SHAPES[s]}" for c, s in zip(colour, shape))
         pair = f"{first} {RELATIONS[relation]} {second}" if relation >= 0 else f"two {first}s"
         texts.append(first if count == 1 else pair)
     return texts
 
 
-@cache
-def palette_on(device: torch.device) -> Tensor:
-    """Copied once: such a copy makes the host wait for a GPU."""
-    return PALETTE.to(device)
-
-
-def pixels_of(size: int, device: torch.device) -> Tensor:
-    """Where the middles of a picture's `size` columns, or rows, are in the scene."""
-    return (torch.arange(size, device=device) + 0.5) * (SIZE / size)
-
-
-def coverage(shape: Tensor, radius: Tensor, centre: Tensor, size: int) -> Tensor:
-    """How much of each pixel an object covers, by its signed distance. [n], [n], [n, 2] -> [n, size, size] in [0, 1]"""
-    grid = pixels_of(size, radius.device)
-    x, y, r = (grid - centre[:, :1])[:, None, :], (grid - centre[:, 1:])[:, :, None], radius[:, None, None]
+def coverage(shape: Tensor, radius: Tensor, centre: Tensor) -> Tensor:
+    """How much of each pixel an object covers, by the pixel's distance from the object's edge.
+    [n], [n], [n, 2] -> [n, SIZE, SIZE] in [0, 1]"""
+    x, y = (PIXELS - centre[:, :1])[:, None, :], (PIXELS - centre[:, 1:])[:, :, None]
+    r = radius[:, None, None]
     circle, square = torch.hypot(x, y) - r, torch.maximum(x.abs(), y.abs()) - r
     triangle = torch.maximum(y - r, (2 * x.abs() - y - r) / 5**0.5)
-    distance = torch.stack([circle, square, triangle])[shape, torch.arange(len(shape), device=shape.device)]
-    return (0.5 - distance * (size / SIZE)).clamp(0, 1)
+    distance = torch.stack([circle, square, triangle])[shape, torch.arange(len(shape))]
+    return (0.5 - distance).clamp(0, 1)
 
 
-def render(scenes: Scenes, size: int = SIZE) -> Tensor:
-    """-> pictures [n, 3, size, size] in [-1, 1], where the scenes' tensors are"""
-    palette = palette_on(scenes.radius.device)
-    pictures = palette[0][:, None, None].expand(len(scenes.count), 3, size, size)
+def render(scenes: Scenes) -> Tensor:
+    """-> pictures [n, 3, SIZE, SIZE] in [-1, 1]"""
+    pictures = PALETTE[0][:, None, None].expand(len(scenes.count), 3, SIZE, SIZE)
     for i in range(2):
-        cover = coverage(scenes.shape[:, i], scenes.radius[:, i], scenes.centre[:, i], size)
-        cover = (cover * (scenes.count > i)[:, None, None])[:, None]
-        pictures = pictures + cover * (palette[1:][scenes.colour[:, i]][:, :, None, None] - pictures)
+        covered = coverage(scenes.shape[:, i], scenes.radius[:, i], scenes.centre[:, i])
+        covered = (covered * (scenes.count > i)[:, None, None])[:, None]
+        pictures = pictures + covered * (PALETTE[1:][scenes.colour[:, i]][:, :, None, None] - pictures)
     return pictures
 
 
@@ -147,13 +113,13 @@ def render(scenes: Scenes, size: int = SIZE) -> Tensor:
 # Reading pictures back
 # ----------------------------------------------------------------------------------------------------------------------
 
-LEAST_AREA = 8  # of the scene; smaller specks are no objects
-LEAST_OVERLAP = 0.6  # intersection over union with the best template; below it an object's shape cannot be read
+LEAST_PIXELS = 8  # a smaller region of one colour is no object
+LEAST_OVERLAP = 0.6  # of an object and its best template, intersection over union
 UNREADABLE = len(SHAPES)
 
 
 class Found(NamedTuple):
-    """The objects of a batch of pictures, in one list."""
+    """The m objects that were found in a batch of pictures."""
 
     picture: Tensor  # [m] index of the picture
     colour: Tensor  # [m] index of COLOURS
@@ -162,103 +128,106 @@ class Found(NamedTuple):
     centre: Tensor  # [m, 2]: x, y
 
 
-def read_objects(pictures: Tensor) -> Found:
-    """Each pixel's nearest colour; connected pixels (of 8 neighbours) of one colour are an object. How far the colours
-    there and at the edge are from the background's says how much of a pixel is covered. For each shape, the covered area
-    gives a radius and its centroid a centre; of the three so drawn the one that overlaps most is read. No learned part.
+def find_regions(nearest: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Finds connected regions (of 8 neighbours) of pixels that are nearest to one of COLOURS.
+    nearest: [n, SIZE, SIZE], index of PALETTE -> picture [m], colour [m], mask [m, SIZE, SIZE]"""
+    colours = F.one_hot(nearest, len(PALETTE))[..., 1:].permute(0, 3, 1, 2).float()
+    label = colours * torch.arange(1.0, SIZE**2 + 1).view(SIZE, SIZE)
+    while not torch.equal(label, spread := F.max_pool2d(label, 3, 1, 1) * colours):
+        label = spread  # each pixel takes the largest label around it, until a region has one label
+    pixels = torch.zeros(len(nearest), len(COLOURS), SIZE**2 + 1)  # of each label
+    pixels.scatter_add_(2, label.flatten(2).long(), colours.flatten(2))
+    picture, colour, region = (pixels >= LEAST_PIXELS).nonzero(as_tuple=True)
+    return picture, colour, label[picture, colour] == region[:, None, None]
 
-    pictures: [n, 3, size, size]
+
+def read_objects(pictures: Tensor) -> Found:
+    """Finds the objects of pictures, without any learned part.
+
+    Each connected region of one colour is an object. How much of a pixel it covers follows from the
+    pixel's colour, inside and at the edge. For each shape, the covered area gives a radius and its
+    centroid a centre; the shape whose template overlaps most with the region is read.
+
+    pictures: [n, 3, SIZE, SIZE] in [-1, 1]
     """
-    size, palette = pictures.shape[-1], palette_on(pictures.device)
-    area_of_pixel, places = (SIZE / size) ** 2, size**2 + 1
-    nearest = (pictures[:, None] - palette[:, :, None, None]).square().sum(2).argmin(1)
-    masks = F.one_hot(nearest, len(PALETTE))[..., 1:].permute(0, 3, 1, 2).float()
-    label = masks * torch.arange(1, places, device=pictures.device).view(size, size)
-    while not torch.equal(label, spread := F.max_pool2d(label, 3, 1, 1) * masks):
-        label = spread  # the largest label of an object floods it
-    picture, colour, y, x = label.nonzero(as_tuple=True)
-    key = (picture * len(COLOURS) + colour) * places + label[picture, colour, y, x].long()
-    key, pixels = key.unique(return_counts=True)
-    key = key[pixels * area_of_pixel >= LEAST_AREA]
-    picture, colour = key // places // len(COLOURS), key // places % len(COLOURS)
-    mask = label[picture, colour] == (key % places)[:, None, None]
-    tint = palette[1:] - palette[0]
-    tint = (tint / tint.square().sum(1, keepdim=True))[colour]
-    covered = torch.einsum("mcyx,mc->myx", pictures[picture] - palette[0][:, None, None], tint).clamp(0, 1)
+    nearest = (pictures[:, None] - PALETTE[:, :, None, None]).square().sum(2).argmin(1)
+    picture, colour, mask = find_regions(nearest)
+    direction = PALETTE[1:] - PALETTE[0]  # from the background to each colour
+    direction = (direction / direction.square().sum(1, keepdim=True))[colour]
+    covered = torch.einsum("mcyx,mc->myx", pictures[picture] - PALETTE[0][:, None, None], direction).clamp(0, 1)
     edge = (F.max_pool2d(mask[:, None].float(), 3, 1, 1)[:, 0] > 0) & (nearest[picture] == 0)
     covered = covered * (mask | edge)
-    total, grid = covered.sum((1, 2)), pixels_of(size, pictures.device)
-    centroid = torch.stack([covered.sum(1) @ grid, covered.sum(2) @ grid], 1) / total[:, None]
-    # Areas are pi r^2, (2 r)^2 and 2 r^2; a triangle's centroid lies r / 3 below the middle of its box.
-    radii = (total * area_of_pixel / torch.tensor([math.pi, 4, 2]).to(total)[:, None]).sqrt()
-    below = torch.tensor([[0, 0], [0, 0], [0, 1 / 3]]).to(total)
-    centres = centroid - radii[..., None] * below[:, None]
-    overlap = []
-    for shape in range(len(SHAPES)):
-        template = coverage(torch.full_like(picture, shape), radii[shape], centres[shape], size)
-        overlap.append(torch.minimum(template, covered).sum((1, 2)) / torch.maximum(template, covered).sum((1, 2)))
-    overlap, shape = torch.stack(overlap).max(0)
-    best = shape, torch.arange(len(shape), device=shape.device)
+    area = covered.sum((1, 2))
+    centroid = torch.stack([covered.sum(1) @ PIXELS, covered.sum(2) @ PIXELS], 1) / area[:, None]
+    # Areas are pi r^2, (2 r)^2 and 2 r^2. A triangle's centroid is r / 3 below its box's middle.
+    radii = (area / torch.tensor([math.pi, 4, 2])[:, None]).sqrt()
+    centres = centroid - radii[..., None] * torch.tensor([[0, 0], [0, 0], [0, 1 / 3]])[:, None]
+    templates = [coverage(torch.full_like(picture, i), radii[i], centres[i]) for i in range(len(SHAPES))]
+    common, either = (torch.stack([f(x, covered) for x in templates]) for f in (torch.minimum, torch.maximum))
+    overlap, shape = (common.sum((2, 3)) / either.sum((2, 3))).max(0)
+    best = shape, torch.arange(len(shape))
     return Found(picture, colour, torch.where(overlap > LEAST_OVERLAP, shape, UNREADABLE), radii[best], centres[best])
 
 
 def accuracy(found: Found, scenes: Scenes) -> dict[str, Tensor]:
-    """Whether each picture shows its caption, 0 or 1, in the spirit of GenEval: the objects' shapes, their colours, how
-    many there are, the relation (nan where the caption has none), and all of it. Tensors [n]"""
+    """Whether each picture shows its caption, 0 or 1: the objects' shapes, their colours, their
+    number, their relation (nan if there is none), and all of these, as in GenEval. Tensors [n]"""
     n, rows = len(scenes.count), torch.arange(len(scenes.count))
-    got = torch.zeros(n, len(COLOURS), len(SHAPES) + 1, dtype=torch.long)  # how many of each colour and shape
-    asked = torch.zeros_like(got)
-    got.index_put_((found.picture, found.colour, found.shape), torch.tensor(1), accumulate=True)
+    shown = torch.zeros(n, len(COLOURS), len(SHAPES) + 1, dtype=torch.long)  # objects of each kind
+    asked = torch.zeros_like(shown)
+    shown.index_put_((found.picture, found.colour, found.shape), torch.tensor(1), accumulate=True)
     for i in range(2):
         asked[rows, scenes.colour[:, i], scenes.shape[:, i]] += (scenes.count > i).long()
-    span = torch.zeros(n, len(COLOURS), 3)  # of a colour that has one object: its centre and radius
-    span.index_put_((found.picture, found.colour), torch.cat([found.centre, found.radius[:, None]], 1))
-    first, second = (span[rows, scenes.colour[:, i]] for i in range(2))
-    alone = (got.sum(2)[rows[:, None], scenes.colour] == 1).all(1)
+    position = torch.zeros(n, len(COLOURS), 3)  # x, y, radius; of a colour that one object has
+    position.index_put_((found.picture, found.colour), torch.cat([found.centre, found.radius[:, None]], 1))
+    first, second = (position[rows, scenes.colour[:, i]] for i in range(2))
+    one_each = (shown.sum(2)[rows[:, None], scenes.colour] == 1).all(1)
     axis, related = scenes.relation.clamp(min=0), scenes.relation >= 0
-    distance = (second - first)[rows, axis]
-    apart = alone & (distance > first[:, 2]) & (distance > second[:, 2])  # neither's centre is beside the other
+    distance, radius = (second - first)[rows, axis], torch.maximum(first, second)[:, 2]
+    apart = one_each & (distance > radius)  # each centre is beyond the other object's edge
     return {
-        "object": (got.sum(1) == asked.sum(1)).all(1).float(),
-        "colour": ((got.sum(2) > 0) == (asked.sum(2) > 0)).all(1).float(),
-        "count": (got.sum((1, 2)) == scenes.count).float(),
+        "object": (shown.sum(1) == asked.sum(1)).all(1).float(),
+        "colour": ((shown.sum(2) > 0) == (asked.sum(2) > 0)).all(1).float(),
+        "count": (shown.sum((1, 2)) == scenes.count).float(),
         "relation": apart.float().masked_fill(~related, math.nan),
-        "all": ((got == asked).flatten(1).all(1) & (apart | ~related)).float(),
+        "all": ((shown == asked).flatten(1).all(1) & (apart | ~related)).float(),
     }
 
 
-def where_drawn(found: Found, scenes: Scenes) -> Tensor:
-    """Of the object, where one was asked for and one was found: is it larger than the middle size, right of the middle,
-    below it? 0 or 1, [n, 3]; -1 elsewhere."""
+def size_and_position(found: Found, scenes: Scenes) -> Tensor:
+    """Is a picture's object larger than the middle size, right of the middle, below the middle?
+    0 or 1, [n, 3]; -1 unless one object was asked for and one was found."""
     one = ((scenes.count == 1) & (torch.bincount(found.picture, minlength=len(scenes.count)) == 1))[found.picture]
-    bins = torch.full((len(scenes.count), 3), -1)
+    answers = torch.full((len(scenes.count), 3), -1)
     values = torch.cat([found.radius[:, None] > sum(RADII) / 2, found.centre > SIZE / 2], 1).long()
-    bins[found.picture[one]] = values[one]
-    return bins
+    answers[found.picture[one]] = values[one]
+    return answers
 
 
-def diversity(bins: Tensor, caption: Tensor) -> float:
-    """Bits: the entropies of the three answers, summed, given the caption (one of 9), with Miller and Madow's correction
-    for finite samples; 3 where all are even. bins: from where_drawn, caption: [n]"""
-    drawn, bits = bins[:, 0] >= 0, 0.0
-    for values in bins[drawn].T:
-        h = torch.bincount(caption[drawn] * 2 + values, minlength=18).view(9, 2).double()
-        total = h.sum(1).clamp(min=1)
-        entropy = torch.special.entr(h / total[:, None]).sum(1) + ((h > 0).sum(1) - 1).clamp(min=0) / (2 * total)
+def diversity(answers: Tensor, caption: Tensor) -> float:
+    """The sum of the answers' entropies given the caption, in bits: 3 if all are even. It has
+    Miller and Madow's correction for finite samples. caption: [n], one of 9"""
+    answered, bits = answers[:, 0] >= 0, 0.0
+    for values in answers[answered].T:
+        counts = torch.bincount(caption[answered] * 2 + values, minlength=18).view(9, 2).double()
+        total = counts.sum(1).clamp(min=1)
+        entropy = torch.special.entr(counts / total[:, None]).sum(1)
+        entropy += ((counts > 0).sum(1) - 1).clamp(min=0) / (2 * total)
         bits += float(entropy.mean()) / math.log(2)
     return bits
 
 
-def features(pictures: Tensor) -> Tensor:
-    """What the Frechet distance is measured on, [n, 64]: colours (48) and strength of edges (16), averaged over a grid
-    of 4 x 4."""
+def frechet_features(pictures: Tensor) -> Tensor:
+    """What the Frechet distance compares, [n, 64]: colours (48) and the strength of edges (16),
+    averaged over each cell of a grid of 4 x 4."""
     dx, dy = pictures.diff(dim=3)[:, :, :-1], pictures.diff(dim=2)[..., :-1]
     edges = (dx.square() + dy.square()).sum(1, keepdim=True).add(1e-6).sqrt()
     return torch.cat([F.adaptive_avg_pool2d(part, 4).flatten(1) for part in (pictures, edges)], 1).double()
 
 
-def frechet(x: Tensor, mean: Tensor, covariance: Tensor) -> float:
-    """|m - mean|^2 + tr(C + covariance - 2 (C covariance)^(1/2)), m and C the moments of x: [n, d], of doubles"""
+def frechet_distance(x: Tensor, mean: Tensor, covariance: Tensor) -> float:
+    """|m - mean|^2 + tr(C + covariance - 2 (C covariance)^(1/2)), with m and C the moments of x.
+    x: [n, d], of float64"""
     values, vectors = torch.linalg.eigh(covariance)
     root = vectors * values.clamp(min=0).sqrt() @ vectors.T
     cross = torch.linalg.eigvalsh(root @ x.T.cov() @ root).clamp(min=0).sqrt().sum()
@@ -269,341 +238,163 @@ def frechet(x: Tensor, mean: Tensor, covariance: Tensor) -> float:
 # Networks and latents
 # ----------------------------------------------------------------------------------------------------------------------
 
-WORDS = ["", "two", *RELATIONS, *COLOURS, *SHAPES, *(f"{shape}s" for shape in SHAPES)]
-LENGTH, WIDTH = 5, 96  # of a caption, in words; of a word's embedding
-# Frozen, and by position: each word in each place has its own orthogonal direction, so that no two captions are alike.
+WORDS = ["", "two", "left_of", "above", *COLOURS, *SHAPES, *(f"{shape}s" for shape in SHAPES)]
+LENGTH, WIDTH = 5, 96  # the most words of a caption; the width of a word's embedding
+# The text encoder is a frozen table: each word at each position has its own orthogonal direction.
 EMBEDDING = nn.init.orthogonal_(torch.empty(LENGTH * len(WORDS), WIDTH), generator=torch.Generator().manual_seed(7))
 EMBEDDING = EMBEDDING.view(LENGTH, len(WORDS), WIDTH) * WIDTH**0.5
 BLOCK, CHANNELS = 4, 12  # a latent pixel stands for BLOCK x BLOCK pixels
+LATENT = (CHANNELS, SIZE // BLOCK, SIZE // BLOCK)  # the shape of a picture's latent
 
-
-def latent_shape(size: int = SIZE) -> tuple[int, int, int]:
-    """Of a picture of size x size pixels."""
-    return CHANNELS, size // BLOCK, size // BLOCK
-
-
-class Preset(NamedTuple):
-    """What --preset settles: pictures, network, and how long it is trained."""
-
-    size: int  # pixels a side of a picture
-    heads: int
-    head_dim: int
-    layers: int
-    batch: int
-    teacher_iters: int
-    iters: int  # of distillation
-    samples: int  # a row of the table
-
-    @property
-    def rate(self) -> float:
-        """What learning rates are multiplied by: those below are for a width of 64, and Adam wants them as 1 / width."""
-        return 64 / (self.heads * self.head_dim)
-
-
-LAPTOP = Preset(SIZE, 4, 16, 4, 64, 4500, 1800, 4000)
-PRESETS = {
-    "laptop": LAPTOP,
-    "quick": LAPTOP._replace(teacher_iters=900, iters=150, samples=200),
-    "gpu": Preset(64, 5, 64, 8, 64, 4000, 1500, 4000),
+DIT = {"num_layers": 4, "num_attention_heads": 4, "attention_head_dim": 16}
+IMAGE = {"patch_size": 2, "in_channels": CHANNELS, "out_channels": CHANNELS}
+# Each network's class in sid_fm.py, and its config.json, which diffusers reads too.
+NETWORKS: dict[str, tuple[type[nn.Module], dict]] = {
+    "mmdit": (
+        sid_fm.MMDiT,
+        {"_class_name": "SD3Transformer2DModel", **DIT, **IMAGE}
+        | {"caption_projection_dim": 64, "joint_attention_dim": WIDTH, "pooled_projection_dim": WIDTH}
+        # The position table is stretched, because few tokens would be close to each other in it.
+        | {"pos_embed_max_size": 3, "sample_size": 24},
+    ),
+    "sana": (
+        sid_fm.SanaDiT,
+        {"_class_name": "SanaTransformer2DModel", **DIT, **IMAGE, "sample_size": 6, "caption_channels": WIDTH}
+        | {"num_cross_attention_heads": 4, "cross_attention_head_dim": 16, "cross_attention_dim": 64},
+    ),
+    "flux": (
+        sid_fm.FLUX,  # which has no patches: four latent pixels side by side are a token
+        {"_class_name": "FluxTransformer2DModel", **DIT, "in_channels": 4 * CHANNELS, "axes_dims_rope": [4, 6, 6]}
+        | {"num_layers": 1, "num_single_layers": 3, "joint_attention_dim": WIDTH, "pooled_projection_dim": WIDTH},
+    ),
 }
 
-NETWORKS = {"mmdit": sid_fm.SD3, "sana": sid_fm.SANA, "flux": sid_fm.FLUX1}  # the pipelines whose networks they are
 
-
-def network(arch: str, preset: Preset) -> dict:
-    """The configuration, as a checkpoint's config.json has it."""
-    side, head, layers = latent_shape(preset.size)[1], preset.head_dim, preset.layers
-    common = {"num_attention_heads": preset.heads, "attention_head_dim": head}
-    # fmt: off
-    return common | {
-        "mmdit": {  # sample_size spreads the table of positions, for so few tokens to be far apart in it
-            "patch_size": 2, "in_channels": CHANNELS, "num_layers": layers, "joint_attention_dim": WIDTH,
-            "pooled_projection_dim": WIDTH, "pos_embed_max_size": side // 2, "sample_size": 4 * side},
-        "sana": {
-            "patch_size": 2, "in_channels": CHANNELS, "out_channels": CHANNELS, "num_layers": layers,
-            "num_cross_attention_heads": preset.heads, "caption_channels": WIDTH, "sample_size": side},
-        "flux": {
-            "in_channels": 4 * CHANNELS, "num_layers": layers // 4, "num_single_layers": layers - layers // 4,
-            "joint_attention_dim": WIDTH, "pooled_projection_dim": WIDTH,
-            "axes_dims_rope": [head // 4, 3 * head // 8, 3 * head // 8]},
-    }[arch]
-    # fmt: on
-
-
-def build(arch: str, seed: int, preset: Preset = LAPTOP) -> nn.Module:
-    """sid_fm's network at a small size. Gates and the output start at zero, as DiT's do: each block as the identity."""
-    family = sid_fm.PIPELINES[NETWORKS[arch]]
+def tiny_network(arch: str, seed: int) -> nn.Module:
+    """One of sid_fm's networks at a small size. As in DiT, gates and output start at zero, so that
+    each block starts as the identity."""
     torch.manual_seed(seed)
-    net = sid_fm.build(family.backbone, sid_fm.network_config(family, network(arch, preset)))
+    net = sid_fm.build_network(*NETWORKS[arch])
     for layer in [net.proj_out, *(m.linear for m in net.modules() if isinstance(m, sid_fm.Modulation))]:
-        nn.init.zeros_(layer.weight), nn.init.zeros_(layer.bias)
+        nn.init.zeros_(layer.weight)
+        nn.init.zeros_(layer.bias)
     return net
 
 
-def encode_text(texts: list[str]) -> dict[str, Tensor]:
-    """cond of sid_fm's networks: text [B, LENGTH, WIDTH], pooled [B, WIDTH], mask [B, LENGTH]. "" is the empty prompt."""
-    index = {word.replace(" ", "_"): i for i, word in enumerate(WORDS)}
-    joined = {relation: relation.replace(" ", "_") for relation in RELATIONS}
-    rows = []
-    for text in texts:
-        for relation, word in joined.items():
-            text = text.replace(relation, word)
-        words = [index[word] for word in text.split()]
-        rows.append(words + [0] * (LENGTH - len(words)))
-    ids = torch.tensor(rows)
+def encode_text(texts: list[str], device: str = "cpu") -> dict[str, Tensor]:
+    """The cond of sid_fm's networks: text [B, LENGTH, WIDTH], pooled [B, WIDTH], mask [B, LENGTH].
+    "" is the empty prompt."""
+    words = [[WORDS.index(word) for word in text.replace("left of", "left_of").split()] for text in texts]
+    ids = torch.tensor([row + [0] * (LENGTH - len(row)) for row in words])
     text, mask = EMBEDDING[torch.arange(LENGTH), ids], ids > 0
-    mask[:, 0] = True  # attention wants one word at least
-    return {"text": text, "pooled": text.mean(1) * LENGTH**0.5, "mask": mask}
+    mask[:, 0] = True  # attention needs one word at least
+    return {"text": text.to(device), "pooled": text.mean(1).to(device) * LENGTH**0.5, "mask": mask.to(device)}
 
 
-class Autoencoder:
-    """The real teachers' autoencoder in miniature, linear and exact: the first CHANNELS principal components of blocks
-    of BLOCK x BLOCK pixels, each scaled to unit variance."""
-
-    def __init__(self, size: int = SIZE, device: str = "cpu") -> None:
-        self.size, self.device = size, device
-        # A larger picture shows as much through so many times the noise: the shift of times in SD3 (arXiv 2403.03206).
-        self.shift = size / SIZE
-        blocks = self.split(render(draw_scenes(4000, torch.Generator().manual_seed(0)), size)).flatten(0, 2)
-        variance, vectors = torch.linalg.eigh(blocks.T.cov())
-        parts = blocks.mean(0), vectors[:, -CHANNELS:], variance[-CHANNELS:].sqrt()
-        self.mean, self.vectors, self.scale = (x.to(device) for x in parts)
-
-    @staticmethod
-    def split(pictures: Tensor) -> Tensor:
-        return F.pixel_unshuffle(pictures, BLOCK).movedim(1, -1)
-
-    def draw(self, scenes: Scenes) -> Tensor:
-        """The scenes' pictures, drawn on the device."""
-        return render(Scenes(*(on_device(x, self.device) for x in scenes)), self.size)
-
-    def of(self, scenes: Scenes) -> Tensor:
-        """The scenes' latents."""
-        return self.encode(self.draw(scenes))
-
-    def encode(self, pictures: Tensor) -> Tensor:
-        """[B, 3, size, size] -> [B, CHANNELS, size / BLOCK, size / BLOCK]"""
-        return ((self.split(pictures) - self.mean) @ self.vectors / self.scale).movedim(-1, 1).contiguous()
-
-    def decode(self, latents: Tensor) -> Tensor:
-        """[B, CHANNELS, size / BLOCK, size / BLOCK] -> [B, 3, size, size]"""
-        blocks = (latents.movedim(1, -1) * self.scale) @ self.vectors.T + self.mean
-        return F.pixel_shuffle(blocks.movedim(-1, 1), BLOCK)
+# The autoencoder is linear: it keeps the first CHANNELS principal components of each block of a
+# picture, scaled to unit variance.
+BLOCKS = F.pixel_unshuffle(render(sample_scenes(4000, torch.Generator().manual_seed(0))), BLOCK)
+BLOCKS = BLOCKS.movedim(1, -1).flatten(0, 2)
+VARIANCES, VECTORS = torch.linalg.eigh(BLOCKS.T.cov())  # the smallest one first
+BLOCK_MEAN, COMPONENTS, SCALE = BLOCKS.mean(0), VECTORS[:, -CHANNELS:], VARIANCES[-CHANNELS:].sqrt()
 
 
-class Recorded:
-    """Iterations of training on a GPU, recorded once and then replayed as CUDA graphs: the kernels of networks so small take
-    less time to run than to launch one by one.
-
-    iteration: of tensors that come anew each time, (cond, x_0 or None) -> tensors by name. What its host code decides must
-    follow from the `kind` that a call names: there is a recording of each. rng: what it draws its noise from.
-    """
-
-    def __init__(self, iteration: Callable[[dict, Tensor | None], dict[str, Tensor]], rng: torch.Generator):
-        self.iteration, self.rng, self.recordings = iteration, rng, {}
-        self.stream, self.memory = torch.cuda.Stream(), torch.cuda.graph_pool_handle()
-
-    def __call__(self, kind: object, cond: dict, x_0: Tensor | None = None) -> dict[str, Tensor]:
-        if kind not in self.recordings:
-            # The first of a kind runs as it is, which makes what stays: the optimizers' states, the libraries' workspaces.
-            self.recordings[kind] = None
-            self.stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(self.stream), warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # an optimizer's, that its step could be recorded and is not
-                outputs = self.iteration(cond, x_0)
-            torch.cuda.current_stream().wait_stream(self.stream)
-            return outputs
-        if self.recordings[kind] is None:
-            self.recordings[kind] = self.record(cond, x_0)
-        graph, inputs, outputs = self.recordings[kind]
-        for kept, new in zip(inputs, (*cond.values(), x_0)):
-            if kept is not None:
-                kept.copy_(new)
-        graph.replay()
-        return {name: value.clone() for name, value in outputs.items()}  # the next replay overwrites its own
-
-    def record(self, cond: dict, x_0: Tensor | None) -> tuple:
-        cond = {key: value.clone() for key, value in cond.items()}
-        x_0 = None if x_0 is None else x_0.clone()
-        graph = torch.cuda.CUDAGraph()
-        graph.register_generator_state(self.rng)
-        with torch.cuda.graph(graph, pool=self.memory, stream=self.stream):
-            outputs = self.iteration(cond, x_0)
-        return graph, (*cond.values(), x_0), outputs
+def encode_pictures(pictures: Tensor) -> Tensor:
+    """[B, 3, SIZE, SIZE] -> [B, *LATENT]"""
+    blocks = F.pixel_unshuffle(pictures, BLOCK).movedim(1, -1)
+    return ((blocks - BLOCK_MEAN) @ COMPONENTS / SCALE).movedim(-1, 1).contiguous()
 
 
-def adam(weights: list[Tensor], rate: float, betas: tuple[float, float]) -> torch.optim.Adam:
-    """On a GPU the learning rate is a tensor, which a recorded step reads there."""
-    device = weights[0].device
-    recorded = device.type == "cuda"
-    lr = torch.tensor(rate, device=device) if recorded else rate
-    return torch.optim.Adam(weights, lr=lr, betas=betas, fused=True, capturable=recorded)
-
-
-def on_device(x: Tensor, device: str) -> Tensor:
-    """From pinned memory a copy to a GPU doesn't make the host wait."""
-    return x if device == "cpu" else x.pin_memory().to(device, non_blocking=True)
+def decode_latents(latents: Tensor) -> Tensor:
+    """[B, *LATENT] -> [B, 3, SIZE, SIZE]"""
+    blocks = (latents.movedim(1, -1) * SCALE) @ COMPONENTS.T + BLOCK_MEAN
+    return F.pixel_shuffle(blocks.movedim(-1, 1), BLOCK)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Teacher and students
 # ----------------------------------------------------------------------------------------------------------------------
 
-DROPPED = 0.1  # share of captions that the teacher's training replaces by the empty prompt
-TEACHER_LR = 5e-3
-# Learning rates of the student and of its fake network, which has to keep up.
-FEW_STEPS, ONE_STEP, DATA_AIDED = (3e-4, 2e-3), (1e-3, 3e-3), (1e-4, 1e-3)
+BATCH_SIZE = 64
+TEACHER_RATE = 5e-3
+# Learning rates of a student and of its fake network, which has to keep up with the student.
+FEW_STEP_RATES, ONE_STEP_RATES, DATA_AIDED_RATES = (3e-4, 2e-3), (1e-3, 3e-3), (1e-4, 1e-3)
 
 
-def train_teacher(
-    net: nn.Module,
-    autoencoder: Autoencoder,
-    preset: Preset,
-    iters: int,
-    seed: int,
-    submit: Callable,
-    tick: Callable[[Tensor], None],
-) -> nn.Module:
-    """Flow matching with caption dropout. On a CPU each half of a batch has a thread of its own: at this size two threads
-    inside one operation gain nothing. Returns the running mean of the weights."""
-    rng, batch, device = torch.Generator().manual_seed(seed), preset.batch, autoencoder.device
-    noise = rng if device == "cpu" else torch.Generator(device).manual_seed(seed)
-    empty, average, weights = encode_text([""]), copy.deepcopy(net), list(net.parameters())
-    optimizer = adam(weights, preset.rate * TEACHER_LR, (0.9, 0.99))
-    schedule = cosine(optimizer, iters)
-
-    def iteration(cond: dict, x_0: Tensor) -> dict[str, Tensor]:
-        e, t = noise_like(x_0, noise), sample_times(batch, (math.log(autoencoder.shift), 1.0), rng=noise)
-
-        def gradients(part: slice) -> tuple[Tensor, tuple[Tensor, ...]]:
-            some = {key: value[part] for key, value in cond.items()}
-            loss = flow_matching_loss(
-                net(add_noise(x_0[part], e[part], t[part]), t[part], some), x_0[part], e[part], t[part]
-            )
-            return loss.detach(), torch.autograd.grad(loss, weights, materialize_grads=True)
-
-        if device == "cpu":
-            jobs = [submit(gradients, part) for part in (slice(batch // 2), slice(batch // 2, batch))]
-            losses, grads = zip(*(job.result() for job in jobs))
-            loss, grads = sum(losses) / 2, [(first + second) / 2 for first, second in zip(*grads)]
-        else:
-            loss, grads = gradients(slice(batch))
-        for weight, grad in zip(weights, grads):
-            weight.grad = grad
-        optimizer.step()
-        running_mean(average, net, 0.99 if i else 0.0)  # no recording is made of the first iteration
-        return {"loss": loss / x_0[0].numel()}
-
-    step = (lambda _, *inputs: iteration(*inputs)) if device == "cpu" else Recorded(iteration, noise)
-    for i in range(iters):
-        scenes = draw_scenes(batch, rng)
-        dropped = torch.rand(batch, generator=rng) < DROPPED
-        cond = encode_text(captions(scenes))
-        cond = {key: torch.where(sid_fm.match_dims(dropped, v), empty[key], v) for key, v in cond.items()}
-        cond = {key: on_device(value, device) for key, value in cond.items()}
-        measured = step("teacher", cond, autoencoder.of(scenes))
+def tiny_teacher(net: nn.Module, iters: int, seed: int, bar: tqdm) -> nn.Module:
+    """Flow matching with caption dropout. Returns `net` with the running mean of its weights."""
+    rng, device = torch.Generator().manual_seed(seed), next(net.parameters()).device
+    optimizer = torch.optim.Adam(net.parameters(), lr=TEACHER_RATE, betas=(0.9, 0.99), fused=True)
+    schedule, average = cosine(optimizer, iters), AveragedModel(net, multi_avg_fn=get_ema_multi_avg_fn(0.99))
+    for _ in range(iters):
+        scenes = sample_scenes(BATCH_SIZE, rng)
+        dropped = torch.rand(BATCH_SIZE, generator=rng) < 0.1
+        cond = encode_text(["" if drop else text for text, drop in zip(write_captions(scenes), dropped)], device)
+        x_0 = encode_pictures(render(scenes)).to(device)
+        e, t = noise_like(x_0, rng), sample_times(BATCH_SIZE, (0.0, 1.0), rng=rng).to(device)
+        loss = flow_matching_loss(net(add_noise(x_0, e, t), t, cond), x_0, e, t)
+        loss.backward()
+        sid_fm.take_step(optimizer)
         schedule.step()
-        tick(measured["loss"])
-    return average.requires_grad_(False)
+        average.update_parameters(net)
+        bar.set_postfix_str(f"loss {loss.item() / x_0[0].numel():.3f}", refresh=False)
+        bar.update()
+    return average.module.requires_grad_(False)
 
 
-def running_mean(average: nn.Module, net: nn.Module, decay: float) -> None:
-    """average = decay average + (1 - decay) net, weight by weight."""
-    update = torch.optim.swa_utils.get_ema_multi_avg_fn(decay)
-    update([*average.parameters()], [*net.parameters()], None)
-
-
-MAKING = threading.Lock()  # adapters are drawn from torch's own generator, which all threads share
-
-
-class Distilled(NamedTuple):
-    student: nn.Module  # the running mean of its weights
-    fake: nn.Module
-    copies: dict[int, nn.Module]  # of the same, along the way
-    judged: float | None  # the discriminator's cross-entropy by the logit at the end, data-aided
-
-
-def distil(
-    teacher: nn.Module,
-    autoencoder: Autoencoder,
-    iters: int,
-    seed: int,
-    tick: Callable[[Tensor], None],
-    start: Distilled | None = None,
-    lora: int | None = None,
-    preset: Preset = LAPTOP,
-    **options,
-) -> Distilled:
-    """One run of sid_fm.distill: data-free, or, from where `start` ended, data-aided; lora: the adapters' rank, if any."""
-    make = partial(sid_fm.adapt, rank=lora) if lora else copy.deepcopy
-    teacher = copy.deepcopy(teacher)
-    with MAKING:
-        torch.manual_seed(seed)
-        student, fake = (
-            (copy.deepcopy(start.student), copy.deepcopy(start.fake)) if start else (make(teacher), make(teacher))
-        )
-    average, steps, batch, device = copy.deepcopy(student), options["steps"], preset.batch, autoencoder.device
-    rates = DATA_AIDED if start else ONE_STEP if steps == 1 else FEW_STEPS
-    nets = teacher, student, fake
-    optimizers = [adam(sid_fm.trained(net), preset.rate * lr, (0.0, 0.99)) for net, lr in zip(nets[1:], rates)]
-    schedules = [cosine(optimizer, iters) for optimizer in optimizers]
-    rng, data = torch.Generator(device).manual_seed(seed), torch.Generator().manual_seed(seed + 1)
-    # Data-aided, the fake network first learns to judge, and to follow the mean of the student's weights.
-    wait, alone = (batch * iters // 10, batch * iters // 5) if start else (0, 0)
-    uncond = {key: value.to(device) for key, value in encode_text([""]).items()}
-    options |= {"rng": rng, "warmup": (wait, alone), "uncond": uncond}
-
-    def iteration(cond: dict, real: Tensor | None) -> dict[str, Tensor]:
-        """Iteration i of sid_fm.distill, by itself: what a GPU records."""
-        shape = batch, *latent_shape(preset.size)
-        (measured,) = sid_fm.distill(*nets, optimizers, [(cond, real)], shape, start=i, iters=i + 1, **options)
-        running_mean(average, student, 0.98 if i else 0.0)
-        return {name: value for name, value in measured.items() if isinstance(value, Tensor)}
-
-    step = (lambda _, *inputs: iteration(*inputs)) if device == "cpu" else Recorded(iteration, rng)
-    entropies, copies, marks, skipped = [], {}, {*np.geomspace(1, iters, 12).astype(int).tolist()}, 0
-    for i in range(iters):
-        scenes, images = draw_scenes(batch, data), i * batch
-        cond = {key: on_device(value, device) for key, value in encode_text(captions(scenes)).items()}
-        real = autoencoder.of(scenes) if start else None
-        measured = step((sid_fm.sample_k(steps, i, rng), images >= wait, images >= alone), cond, real)
-        schedules[1].step()
-        if images >= wait:
-            schedules[0].step()
-        skipped = skipped + measured["skipped"]
-        if (i % 50 == 0 or i + 1 == iters) and skipped:  # waits for a GPU
-            said = ", ".join(f"{name} {options[name]}" for name in ("loss", "alpha", "weight", "guidance"))
-            raise FloatingPointError(f"a student diverged ({plural(steps)}, {said})")
-        if start:
-            entropies.append(measured["discriminator"])
-        if i + 1 in marks:
-            copies[i + 1] = copy.deepcopy(average)
-        tick(measured["fisher"])
-    judged = float(torch.stack(entropies[-100:]).mean()) if start else None
-    return Distilled(average.requires_grad_(False), fake, copies, judged)
-
-
-def open_network(arch: str, folder: Path, device: str = "cpu") -> nn.Module:
-    part = sid_fm.open_part(sid_fm.PIPELINES[NETWORKS[arch]].backbone, folder)
-    return sid_fm.fill_part(*part, device, torch.float32)
-
-
-def prepare_teacher(args: argparse.Namespace, autoencoder: Autoencoder) -> nn.Module:
-    """The teacher of a former run with the same settings, or a new one, saved in the diffusers layout."""
+def load_or_train_teacher(args: argparse.Namespace) -> nn.Module:
+    """The teacher of an earlier run with the same settings, or a new one, which is then saved."""
     folder = args.out / "teacher"
-    preset = PRESETS[args.preset]
     settings = {"arch": args.arch, "iterations": args.teacher_iters, "seed": args.seed, "device": args.device}
-    settings |= {key: getattr(preset, key) for key in ("size", "heads", "head_dim", "layers", "batch")}
     notes = folder / "training.json"
     if notes.is_file() and json.loads(notes.read_text()) == settings:
         print(f"  teacher: the one in {folder}")
-        return open_network(args.arch, folder, args.device)
-    net = build(args.arch, args.seed, preset).to(args.device)
-    with workers("teacher", args.teacher_iters) as (submit, tick):
-        net = train_teacher(net, autoencoder, preset, args.teacher_iters, args.seed, submit, tick("loss"))
+        return sid_fm.load_network(folder, NETWORKS[args.arch][0], args.device, torch.float32)
+    net = tiny_network(args.arch, args.seed).to(args.device)
+    train = partial(tiny_teacher, net, args.teacher_iters, args.seed)
+    net = run_jobs({"teacher": (args.teacher_iters, train)})["teacher"]
     sid_fm.save_student(net, None, folder)
-    write_json(notes, settings)
+    sid_fm.write_json(notes, settings)
     return net
+
+
+def caption_batches(seed: int, device: str, data: bool = False) -> Iterator[tuple[dict, Tensor | None]]:
+    """Yields captions without end; with data=True also the latents of pictures that show them."""
+    rng = torch.Generator().manual_seed(seed)
+    while True:
+        scenes = sample_scenes(BATCH_SIZE, rng)
+        real = encode_pictures(render(scenes)).to(device) if data else None
+        yield encode_text(write_captions(scenes), device), real
+
+
+def tiny_students(args: argparse.Namespace, teacher: nn.Module) -> list[Distilled]:
+    """Distills the few-step student, its data-aided continuation, and the one-step student.
+
+    The continuation has the last third of the few-step student's iterations. It starts from the
+    data-free student and fake network. At first the fake network alone learns: to tell generated
+    pictures from real ones, and to follow the student's averaged weights.
+    """
+    names = ("loss", "alpha", "weight", "noise", "guidance")
+    options = {name: getattr(args, name) for name in names} | {"uncond": encode_text([""], args.device)}
+    distill = partial(distill_student, teacher, shape=(BATCH_SIZE, *LATENT), seed=args.seed, **options)
+    batches = partial(caption_batches, args.seed + 1, args.device)
+    clone = partial(sid_fm.adapt, rank=args.lora) if args.lora else copy.deepcopy
+    torch.manual_seed(args.seed)  # of the adapters' first weights
+    few, one = ((clone(teacher), clone(teacher)) for _ in range(2))  # student and fake network
+    continued = max(1, args.iters // 3)
+    warmup = (BATCH_SIZE * continued // 10, BATCH_SIZE * continued // 5)
+
+    def few_step(bar: tqdm) -> tuple[Distilled, Distilled]:
+        run = partial(distill, steps=args.steps, bar=bar)
+        free = run(*few, FEW_STEP_RATES, batches(), iters=max(1, args.iters - continued))
+        start = copy.deepcopy(free.student), free.fake
+        return free, run(*start, DATA_AIDED_RATES, batches(data=True), iters=continued, warmup=warmup)
+
+    def one_step(bar: tqdm) -> Distilled:
+        return distill(*one, ONE_STEP_RATES, batches(), iters=args.iters, bar=bar, steps=1)
+
+    done = run_jobs({"few-step student": (args.iters, few_step), "one-step student": (args.iters, one_step)})
+    return [*done["few-step student"], done["one-step student"]]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -611,86 +402,115 @@ def prepare_teacher(args: argparse.Namespace, autoencoder: Autoencoder) -> nn.Mo
 # ----------------------------------------------------------------------------------------------------------------------
 
 GROUPS = 20  # of the jackknife
+GUIDANCES = (1.0, 2.5, 4.5, 7.0)  # of the figure
 
 
-class Measure:
-    """Every row of the table has the same captions and the same noise. batch: of pictures that are sampled together"""
+class PictureMeasure:
+    """Measures samplers, all on the same captions and from the same noise."""
 
-    def __init__(self, autoencoder: Autoencoder, samples: int, seed: int, batch: int = LAPTOP.batch):
-        self.autoencoder, self.batch, device = autoencoder, batch, autoencoder.device
-        self.scenes = draw_scenes(samples, torch.Generator().manual_seed(seed + 1000))
-        self.texts = captions(self.scenes)
-        self.cond, self.empty = (
-            {key: value.to(device) for key, value in encode_text(texts).items()} for texts in (self.texts, [""])
-        )
-        rng = torch.Generator().manual_seed(seed + 2000)
-        self.z = torch.randn(samples, *latent_shape(autoencoder.size), generator=rng).to(device)
-        # Against data as the autoencoder shows them: what it loses is no network's doing.
-        scenes = draw_scenes(20_000, torch.Generator().manual_seed(seed + 3000))
-        real = features(autoencoder.decode(autoencoder.of(scenes))).cpu()
-        self.mean, self.covariance = real.mean(0), real.T.cov()
+    def __init__(self, samples: int, seed: int, device: str = "cpu"):
+        self.seed, self.scenes = seed, sample_scenes(samples, torch.Generator().manual_seed(seed + 1000))
+        self.texts = write_captions(self.scenes)
+        self.cond, self.uncond = encode_text(self.texts, device), encode_text([""], device)
+        self.z = torch.randn(samples, *LATENT, generator=torch.Generator().manual_seed(seed + 2000)).to(device)
+        # The reference is data after the autoencoder, whose losses are no network's fault.
+        data = render(sample_scenes(20_000, torch.Generator().manual_seed(seed + 3000)))
+        data = frechet_features(decode_latents(encode_pictures(data)))
+        self.mean, self.covariance = data.mean(0), data.T.cov()
 
-    @torch.no_grad()
-    def sample(self, sampler: Callable[[Tensor, dict], Tensor]) -> tuple[Tensor, float]:
-        """-> pictures [samples, 3, size, size], seconds per thousand"""
-        start = time.perf_counter()
-        parts = zip(self.z.split(self.batch), *(value.split(self.batch) for value in self.cond.values()))
-        latents = torch.cat([sampler(z, dict(zip(self.cond, values))) for z, *values in parts])
-        pictures = self.autoencoder.decode(latents)
-        if pictures.is_cuda:
-            torch.cuda.synchronize()
-        return pictures, (time.perf_counter() - start) * 1000 / len(latents)
+    def euler(self, net: nn.Module, steps: int, guidance: float) -> Callable:
+        times = torch.linspace(1, 0, steps + 1)
+        return partial(sid_fm.sample_ode, net, uncond=self.uncond, times=times, guidance=guidance)
 
-    def __call__(self, pictures: Tensor) -> dict[str, tuple[float, float]]:
-        """Each figure with half the width of its 95% interval, by a delete-one-group jackknife."""
-        found = Found(*(x.cpu() for x in read_objects(pictures)))
-        right, bins, x = accuracy(found, self.scenes), where_drawn(found, self.scenes), features(pictures).cpu()
-        caption = self.scenes.colour[:, 0] * len(SHAPES) + self.scenes.shape[:, 0]
+    def few_step(self, net: nn.Module, steps: int, noise: str) -> Callable:
+        rng = torch.Generator().manual_seed(self.seed)
+        return partial(sid_fm.generate, net, steps=steps, noise=noise, rng=rng)
+
+    def scores(self, pictures: Tensor) -> dict[str, tuple[float, float]]:
+        """Measures pictures of the first captions. Returns name -> (value, half of a 95% interval);
+        a jackknife that leaves out one of GROUPS groups at a time gives the intervals."""
+        scenes = Scenes(*(column[: len(pictures)] for column in self.scenes))
+        found, x = read_objects(pictures), frechet_features(pictures)
+        parts, answers = accuracy(found, scenes), size_and_position(found, scenes)
+        caption = scenes.colour[:, 0] * len(SHAPES) + scenes.shape[:, 0]
 
         def figures(rows: Tensor) -> np.ndarray:
-            values = [frechet(x[rows], self.mean, self.covariance), diversity(bins[rows], caption[rows])]
-            return np.array(values + [float(value[rows].nanmean()) for value in right.values()])
+            distance = frechet_distance(x[rows], self.mean, self.covariance)
+            means = [float(part[rows].nanmean()) for part in parts.values()]
+            return np.array([distance, diversity(answers[rows], caption[rows]), *means])
 
         group = torch.arange(len(x)) % GROUPS
         left_out = np.stack([figures(group != g) for g in range(GROUPS)])
-        half = 1.96 * np.sqrt((GROUPS - 1) * left_out.var(axis=0))
-        whole = figures(group >= 0)
-        return {name: (float(v), float(h)) for name, v, h in zip(("frechet", "diversity", *right), whole, half)}
+        halves = 1.96 * np.sqrt((GROUPS - 1) * left_out.var(axis=0))
+        measurements = zip(("frechet", "diversity", *parts), figures(group >= 0), halves)
+        return {name: (float(value), float(half)) for name, value, half in measurements}
 
-    def euler(self, net: nn.Module, steps: int, guidance: float) -> Callable[[Tensor, dict], Tensor]:
-        times, s = torch.linspace(1, 0, steps + 1), self.autoencoder.shift
-        times = s * times / (1 + (s - 1) * times)
-        return lambda z, cond: sid_fm.sample_ode(net, z, cond, self.empty, times, guidance)
+    @torch.no_grad()
+    def sample(self, sampler: Callable, count: int, bar: tqdm) -> tuple[Tensor, dict]:
+        """Pictures of the first `count` captions; their scores, and the seconds per thousand."""
+        start, latents = time.perf_counter(), []
+        for rows in torch.arange(count).split(250):
+            cond = {name: value[rows] for name, value in self.cond.items()}
+            latents.append(sampler(self.z[rows], cond).cpu())
+            bar.update(len(rows))
+        pictures = decode_latents(torch.cat(latents))
+        seconds = (time.perf_counter() - start) * 1000 / count
+        return pictures, self.scores(pictures) | {"seconds": seconds}
+
+    def jobs(self, samplers: dict[str, Callable], count: int) -> dict[str, tuple[int, Callable]]:
+        """`sample` of each sampler, for run_jobs."""
+        return {name: (count, partial(self.sample, sampler, count)) for name, sampler in samplers.items()}
+
+
+def print_table(table: dict[str, dict], samples: int, guidance: float) -> None:
+    parts = ("all", "object", "colour", "count", "relation")
+    print(f"\n{'':31}{'Frechet':>14}{'diversity':>13}" + "".join(f"{name:>11}" for name in parts) + "  s/1000")
+    for name, line in table.items():
+        distance, bits = line["frechet"], line["diversity"]
+        cells = f"{distance[0]:8.3f} ±{distance[1]:5.3f}{bits[0]:7.2f} ±{bits[1]:4.2f}"
+        cells += "".join(f"{100 * line[key][0]:6.1f} ±{100 * line[key][1]:3.1f}" for key in parts)
+        print(f"{name:31}{cells}" + (f"{line['seconds']:8.2f}" if "seconds" in line else ""))
+    print(f"{samples} samples a row, ± half a 95% interval; accuracy in %, guidance {guidance:g}\n")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Figures
 # ----------------------------------------------------------------------------------------------------------------------
 
-GUIDANCES = (1.0, 2.5, 4.5, 7.0)
+
+def plot_decline(file: Path, student: dict[int, dict], title: str) -> None:
+    """The Frechet distance against iterations. In the paper, FID falls about exponentially."""
+    figure, axis = sid_fm.pyplot().subplots(figsize=(6, 3.8))
+    distances, halves = np.array([line["frechet"] for line in student.values()]).T
+    axis.errorbar([*student], distances, halves, color=BLUE, marker="o", markersize=5, capsize=3)
+    axis.set(yscale="log", xlabel="iterations", ylabel="Frechet distance", title=title)
+    save_figure(figure, file)
 
 
-def draw_convergence(out: Path, distances: dict[int, float], title: str) -> None:
-    """Frechet distance against iterations: the paper says that it falls exponentially."""
-    figure, axes = sid_fm.pyplot().subplots(1, 2, figsize=(10, 3.8), sharey=True)
-    x, y = np.array([*distances]), np.array([*distances.values()])
-    plot_decay(axes, f"Frechet distance, {title}", x, y, int(y.argmax()), BLUE)
-    save(figure, out, "convergence.png")
-
-
-def draw_guidance(out: Path, teacher: dict[float, dict], students: dict[str, dict], guidance: float) -> None:
-    """Accuracy and diversity against the guidance that the teacher is sampled with, and that students learned from."""
+def plot_guidance(file: Path, teacher: dict[float, dict], students: dict[str, dict], guidance: float) -> None:
+    """Accuracy and diversity of the teacher against the guidance that it is sampled with. Students
+    stand a little to the right of the guidance that they were distilled with."""
     figure, axes = sid_fm.pyplot().subplots(1, 2, figsize=(10, 3.8))
     panels = (("all", "accuracy, all of the caption, %", 100), ("diversity", "diversity, bits", 1))
     for axis, (key, label, scale) in zip(axes, panels):
-        values, halves = scale * torch.tensor([line[key] for line in teacher.values()]).T
+        values, halves = scale * np.array([line[key] for line in teacher.values()]).T
         axis.errorbar([*teacher], values, halves, color=GREY, marker="o", capsize=3, label="teacher, 28 steps")
-        for i, (name, line) in enumerate(students.items(), 1):  # beside each other, to be told apart
-            style = {"color": (BLUE, RED, INK)[i - 1], "marker": "s", "capsize": 3, "label": name}
-            axis.errorbar([guidance + 0.12 * i], [scale * line[key][0]], [scale * line[key][1]], **style)
-        axis.set(xlabel=f"guidance (students: distilled at {guidance:g}, drawn aside)", ylabel=label)
+        for color, shift, (name, line) in zip((BLUE, RED, INK), (0.1, 0.2, 0.3), students.items()):
+            value, half = scale * np.array(line[key])
+            axis.errorbar(guidance + shift, value, half, color=color, marker="s", capsize=3, label=name)
+        axis.set(xlabel=f"guidance (the students': {guidance:g})", ylabel=label)
     axes[0].legend(fontsize=8.5)
-    save(figure, out, "guidance.png")
+    save_figure(figure, file)
+
+
+def plot_pictures(file: Path, pictures: dict[str, Tensor], texts: list[str]) -> None:
+    """A row for each sampler, and a column for each of eight captions, from short to long."""
+    shown = [texts.index(text) for text in dict.fromkeys(sorted(texts, key=len))]
+    shown = shown[:: max(1, len(shown) // 8)][:8]
+    rows = {
+        name.replace(", ", "\n").replace(" data", "\ndata"): sid_fm.to_pixels(x[shown]) for name, x in pictures.items()
+    }
+    sid_fm.plot_images(file, rows, [texts[i] for i in shown])
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -698,159 +518,90 @@ def draw_guidance(out: Path, teacher: dict[float, dict], students: dict[str, dic
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def run(args: argparse.Namespace) -> None:
-    """Teacher, students, table, figures."""
-    start, preset = time.perf_counter(), PRESETS[args.preset]
-    threads = 2 if args.device == "cpu" else 1  # a GPU has one queue, and records graphs while nothing else runs
-    if args.device == "cuda":
-        torch.set_float32_matmul_precision("high")  # products in TF32
-    autoencoder = Autoencoder(preset.size, args.device)
-    teacher = prepare_teacher(args, autoencoder)
-    count = sum(weight.numel() for weight in teacher.parameters()) / 1e6
-    said = f"{count:.2f} million weights, {args.teacher_iters} iterations of {preset.batch}"
-    print(f"  teacher ready: {said} ({time.perf_counter() - start:.0f} s)", flush=True)
-    options = {name: getattr(args, name) for name in ("loss", "alpha", "weight", "noise", "guidance", "lora", "seed")}
-    free, one, aided = (
-        f"{TITLES[args.loss]} {name}" for name in (f"{args.steps}-step", "one-step", f"{args.steps}-step data-aided")
-    )
-    third = args.iters // 3  # of the iterations continue data-aided, while the one-step student has all
-    with workers("distilling", args.iters * 2, threads) as (submit, tick):
-        run_one = partial(distil, teacher, autoencoder, tick=tick("Fisher estimate"), preset=preset, **options)
+def run_tiny(args: argparse.Namespace) -> None:
+    """Teacher, students, table and figures."""
+    start = time.perf_counter()
+    teacher = load_or_train_teacher(args)
+    print(f"  teacher ready ({time.perf_counter() - start:.0f} s)", flush=True)
+    free, aided, one = tiny_students(args, teacher)
+    print(f"  students distilled ({time.perf_counter() - start:.0f} s)", flush=True)
 
-        def both() -> tuple[Distilled, Distilled]:
-            first = run_one(iters=args.iters - third, steps=args.steps)
-            return first, run_one(iters=max(1, third), steps=args.steps, start=first)
-
-        jobs = submit(both), submit(run_one, iters=args.iters, steps=1)
-        (first, second), dedicated = (job.result() for job in jobs)
-    students = {free: first.student, aided: second.student, one: dedicated.student}
-    for name, student in students.items():
-        sid_fm.save_student(student, None, args.out / name.lower().replace(" ", "-"))
-    print(f"  {len(students)} students distilled ({time.perf_counter() - start:.0f} s)", flush=True)
-
-    measure = Measure(autoencoder, args.samples, args.seed, preset.batch if args.device == "cpu" else 2000)
-    fresh = draw_again(measure.scenes, torch.Generator().manual_seed(args.seed + 4000))
-    rows = {
-        "data": ("-", lambda: (autoencoder.draw(fresh), math.nan)),
-        "data, through the autoencoder": ("-", lambda: (autoencoder.decode(autoencoder.of(fresh)), math.nan)),
+    title, few = TITLES[args.loss], [n for n in sorted({4, 2, 1, args.steps}, reverse=True) if n <= args.steps]
+    students = {  # name -> its run, and the numbers of steps that it is measured at
+        f"{title} {args.steps}-step": (free, few),
+        f"{title} {args.steps}-step data-aided": (aided, few),
+        f"{title} one-step": (one, [1]),
     }
-    for n in (28, 4, 2, 1):
-        rows[f"teacher, {plural(n)}"] = n, partial(measure.sample, measure.euler(teacher, n, args.guidance))
-    for name, student in students.items():
-        for n in sorted({1, 2, 4, args.steps}, reverse=True):
-            if n <= (1 if name == one else args.steps):
-                rows[f"{name}, {plural(n)}"] = n, partial(measure.sample, few_step(student, n, args.noise, args.seed))
-    sweep = {g: measure.euler(teacher, 28, g) for g in GUIDANCES if g != args.guidance}
+    measure = PictureMeasure(args.samples, args.seed, args.device)
+    samplers = {f"teacher, {plural(n)}": measure.euler(teacher, n, args.guidance) for n in (28, 4, 2, 1)}
+    for name, (result, counts) in students.items():
+        sid_fm.save_student(result.student, None, args.out / name.lower().replace(" ", "-"))
+        samplers |= {f"{name}, {plural(n)}": measure.few_step(result.student, n, args.noise) for n in counts}
+    along = {f"after {i} iterations": measure.few_step(net, 1, args.noise) for i, net in one.copies.items()}
+    guided = {f"guidance {g}": measure.euler(teacher, 28, g) for g in GUIDANCES}
+    jobs = measure.jobs(samplers | along, args.samples) | measure.jobs(guided, min(1000, args.samples))
+    results = run_jobs(jobs)
 
-    def fill(job: Callable[[], tuple[Tensor, float]], tick: Callable[[Tensor], None]) -> tuple[Tensor, dict]:
-        pictures, seconds = job()
-        line = measure(pictures) | {"seconds": seconds}
-        tick(torch.tensor(line["all"][0]))
-        return pictures, line
+    data = render(measure.scenes)
+    data = {"data": data, "data, through the autoencoder": decode_latents(encode_pictures(data))}
+    pictures = data | {name: results[name][0] for name in samplers}
+    table = {name: measure.scores(x) for name, x in data.items()} | {name: results[name][1] for name in samplers}
+    copies = {i: results[name][1] for i, name in zip(one.copies, along)}
+    guidances = {g: results[name][1] for g, name in zip(GUIDANCES, guided)}
+    notes = {"args": vars(args), "seconds": time.perf_counter() - start, "table": table, "convergence": copies}
+    notes |= {"guidance": guidances, "discriminator": float(np.mean(aided.log["discriminator"][-100:]))}
+    sid_fm.write_json(args.out / "results.json", notes)
+    print_table(table, args.samples, args.guidance)
+    print(f"  the discriminator's cross-entropy at the end: {notes['discriminator']:.3f} (0.693 is chance)")
 
-    with workers("measuring", len(rows) + len(sweep) + len(dedicated.copies), threads) as (submit, tick):
-        tick = tick("accuracy")
-        lines = {name: (n, submit(fill, job, tick)) for name, (n, job) in rows.items()}
-        guided = {g: submit(fill, partial(measure.sample, sampler), tick) for g, sampler in sweep.items()}
-        along = {
-            i: submit(fill, partial(measure.sample, few_step(net, 1, args.noise, args.seed)), tick)
-            for i, net in dedicated.copies.items()
-        }
-        pictures = {name: job.result()[0] for name, (_, job) in lines.items()}
-        table = {name: {"steps": n} | job.result()[1] for name, (n, job) in lines.items()}
-        guided = {g: job.result()[1] for g, job in guided.items()}
-        along = {i: job.result()[1]["frechet"][0] for i, job in along.items()}
-
-    print_table(table, args)
-    print(f"  the discriminator's cross-entropy at the end: {second.judged:.3f} (log 2 = 0.693 where it tells nothing)")
-    guided |= {args.guidance: table["teacher, 28 steps"]}
-    seconds = time.perf_counter() - start
-    settings = vars(args) | {"out": str(args.out)}
-    guidance = {str(g): guided[g] for g in sorted(guided)}
-    write_json(
-        args.out / "results.json",
-        {
-            "args": settings,
-            "seconds": seconds,
-            "table": table,
-            "discriminator": second.judged,
-            "guidance": guidance,
-            "convergence": along,
-        },
-    )
-    shown = [measure.texts.index(text) for text in dict.fromkeys(sorted(measure.texts, key=len))]
-    shown = shown[:: max(1, len(shown) // 8)][:8]
-    names = ["data", *(f"teacher, {plural(n)}" for n in (28, 4, 1))]
-    names += [f"{free}, {plural(args.steps)}", f"{aided}, {plural(args.steps)}", f"{one}, 1 step"]
-    panels = {
-        name.replace(", ", "\n").replace(" data", "\ndata"): sid_fm.to_pixels(pictures[name][shown])
-        for name in dict.fromkeys(names)
-    }
-    sid_fm.draw_samples(args.out / "samples.png", panels, [measure.texts[i] for i in shown])
-    print(f"  drew {args.out / 'samples.png'}")
-    draw_convergence(args.out, along, f"{one} student")
-    best = {name: table[f"{name}, {plural(1 if name == one else args.steps)}"] for name in students}
-    draw_guidance(args.out, {g: guided[g] for g in sorted(guided)}, best, args.guidance)
-    print(f"  {seconds:.0f} s in all")
-
-
-def print_table(table: dict[str, dict], args: argparse.Namespace) -> None:
-    categories = ("all", "object", "colour", "count", "relation")
-    print(f"\n{'':31}{'Frechet':>14}{'diversity':>13}" + "".join(f"{name:>11}" for name in categories) + "  s/1000")
-    for name, line in table.items():
-        cells = f"{line['frechet'][0]:8.3f} ±{line['frechet'][1]:5.3f}{line['diversity'][0]:7.2f} ±{line['diversity'][1]:4.2f}"
-        cells += "".join(f"{100 * line[key][0]:6.1f} ±{100 * line[key][1]:3.1f}" for key in categories)
-        seconds = "" if math.isnan(line["seconds"]) else f"{line['seconds']:8.2f}"
-        print(f"{name:31}{cells}{seconds}")
-    print(f"{args.samples} samples a row, ± half a 95% interval; accuracy in %, guidance {args.guidance:g}\n")
+    best = {name: f"{name}, {plural(counts[0])}" for name, (_, counts) in students.items()}
+    shown = ["data", *(f"teacher, {plural(n)}" for n in (28, 4, 1)), *best.values()]
+    plot_pictures(args.out / "samples.png", {row: pictures[row] for row in shown}, measure.texts)
+    plot_decline(args.out / "convergence.png", copies, f"{title} one-step student")
+    plot_guidance(args.out / "guidance.png", guidances, {name: table[row] for name, row in best.items()}, args.guidance)
+    print(f"  {notes['seconds']:.0f} s in all; weights, results.json and figures are in {args.out}")
 
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.error = fail
+    parser.error = sid_fm.fail
     add = parser.add_argument
     add("--arch", choices=NETWORKS, default="mmdit", help="the network (%(default)s)")
-    add("--steps", type=positive_integer, default=4, help="K of the few-step student (%(default)s)")
+    add("--steps", type=int, default=4, help="K of the few-step student (%(default)s)")
     add("--loss", choices=sid_fm.LOSSES, default="sid", help="of the students (%(default)s)")
-    add("--alpha", type=finite_number, default=1.0, help="of the SiD loss (%(default)s)")
-    # Between velocities, as flow matching is. The authors' 1 - t hardly sees the noise that a student leaves in.
+    add("--alpha", type=float, default=1.0, help="of the SiD loss (%(default)s)")
+    # The authors' 1 - t hardly sees the little noise that a student leaves in a picture.
     add("--weight", choices=sid_fm.WEIGHTS, default="1/t^2", help="w(t) of the SiD or DMD loss (%(default)s)")
     add("--noise", choices=sid_fm.NOISES, default="fresh", help="between the student's steps (%(default)s)")
-    add("--guidance", type=finite_number, default=1.0, help="of the teacher, and in distillation (%(default)s)")
-    add("--lora", type=positive_integer, metavar="RANK", help="students as low-rank adapters on the teacher")
-    one_of = parser.add_mutually_exclusive_group().add_argument
-    one_of("--preset", choices=PRESETS, default="laptop", help="pictures, network and length (%(default)s)")
-    one_of("--quick", dest="preset", action="store_const", const="quick", help="a short run: --preset quick")
-    add("--device", choices=("cpu", "cuda"), help="where networks live (cpu; with --preset gpu cuda)")
-    add("--teacher-iters", type=positive_integer, help="of the teacher's training (4500; quick 900, gpu 4000)")
-    add("--iters", type=positive_integer, help="of distillation (1800; quick 150, gpu 1500)")
-    add("--samples", type=positive_integer, help="a row of the table (4000; quick 200)")
-    add("--seed", type=whole_number, default=0, help="fixes everything (%(default)s)")
+    add("--guidance", type=float, default=1.0, help="of the teacher, and in distillation (%(default)s)")
+    add("--lora", type=int, metavar="RANK", help="train low-rank adapters on the teacher")
+    add("--quick", action="store_true", help="a short run, one minute")
+    add("--device", choices=("cpu", "cuda"), default="cpu", help="of the networks (%(default)s)")
+    add("--teacher-iters", type=int, help="of the teacher's training (4500; with --quick 700)")
+    add("--iters", type=int, help="of distillation (1800; with --quick 120)")
+    add("--samples", type=int, help="in a row of the table (4000; with --quick 200)")
+    add("--seed", type=int, default=0, help="fixes everything (%(default)s)")
     add("--out", type=Path, default=Path("runs/dit_tiny"), help="folder of weights and figures (%(default)s)")
     args = parser.parse_args()
-    args.device = args.device or ("cuda" if args.preset == "gpu" else "cpu")
-    for name in ("teacher_iters", "iters", "samples"):
-        setattr(args, name, getattr(args, name) or getattr(PRESETS[args.preset], name))
+    sid_fm.check_numbers(args)
+    args.teacher_iters = args.teacher_iters or (700 if args.quick else 4500)
+    args.iters = args.iters or (120 if args.quick else 1800)
+    args.samples = args.samples or (200 if args.quick else 4000)
     return args
 
 
 def main() -> None:
-    args = parse()
-    try:
+    warnings.filterwarnings("ignore", "Detected call of .lr_scheduler")  # a student may wait
+    with sid_fm.one_line_errors():
+        args = parse()
         if args.device == "cuda" and not torch.cuda.is_available():
-            raise sid_fm.BadInput("this machine has no GPU that torch can use: give --device cpu or another --preset")
+            raise sid_fm.BadInput("torch finds no GPU on this machine: use --device cpu")
+        if args.samples < 5 * GROUPS:
+            raise sid_fm.BadInput(f"--samples is {5 * GROUPS} at least: the intervals need them")
         if args.lora:  # a rank that is too large is refused before the teacher is trained
-            sid_fm.adapt(build(args.arch, args.seed, PRESETS[args.preset]), args.lora)
-        sid_fm.claim(args.out)
-        run(args)
-    except sid_fm.BadInput as error:
-        fail(error)
-    except FloatingPointError as error:
-        fail(f"{error}: try other settings, or another --seed", status=1)
-    except OSError as error:
-        sid_fm.say_disk_full(error)
-    except KeyboardInterrupt:
-        fail(f"stopped: a teacher whose training ended is kept in {args.out}", status=130)
+            sid_fm.adapt(tiny_network(args.arch, args.seed), args.lora)
+        args.out.mkdir(parents=True, exist_ok=True)
+        run_tiny(args)
 
 
 if __name__ == "__main__":
