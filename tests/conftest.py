@@ -1,11 +1,12 @@
-"""Makes `pytest` find sid_fm.py and toy_2d.py, which stand beside this folder, and builds each tiny pipeline once."""
+"""Makes `pytest` find sid_fm.py and toy_2d.py, which stand beside this folder, and builds each tiny
+pipeline once."""
 
 import os
 import sys
 from pathlib import Path
 
-# Here and in the processes that tests start: on tensors this small, threads that wait for each other cost more than they
-# give, ten times more where the machine has other work.
+# Here and in the processes that tests start: on tensors this small, threads that wait for each
+# other cost more than they give, ten times more where the machine has other work.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
@@ -19,7 +20,8 @@ def pytest_configure(config):
 
 @pytest.fixture(scope="session")
 def pipeline(tmp_path_factory):
-    """pipeline(family) -> the folder of that family's tiny pipeline (tests/pipelines.py). To be read, not changed."""
+    """pipeline(family) -> the folder of that family's tiny pipeline (tests/pipelines.py). To be
+    read, not changed."""
     from pipelines import build
 
     root, built = tmp_path_factory.mktemp("pipelines"), {}

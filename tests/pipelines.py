@@ -1,7 +1,8 @@
-"""Tiny pipelines in the checkpoints' real layout, random in every parameter, for the tests: diffusers builds and saves.
+"""Tiny pipelines in the checkpoints' real layout, random in every parameter, for the tests:
+diffusers builds and saves.
 
-The wiring is the real one (layers of each kind, activations, scalings, schedulers, token ids); only the widths are tiny.
-The tokenizers know the words of a few sentences, so nothing is downloaded.
+The wiring is the real one (layers of each kind, activations, scalings, schedulers, token ids); only
+the widths are tiny. The tokenizers know the words of a few sentences, so nothing is downloaded.
 """
 
 import json
@@ -30,7 +31,8 @@ SENTENCES = [
 
 
 def randomise(module: nn.Module, seed: int) -> nn.Module:
-    """Draws every parameter: norm weights 1 + 0.1 n, weights n / sqrt(fan-in), embeddings n / 2, all others 0.3 n."""
+    """Sets every parameter at random: norm weights 1 + 0.1 n, weights n / sqrt(fan-in), embeddings
+    n / 2, all others 0.3 n."""
     rng = torch.Generator().manual_seed(seed)
     embeddings = {id(m.weight) for m in module.modules() if isinstance(m, nn.Embedding)}
     with torch.no_grad():
@@ -70,7 +72,8 @@ def learned(words: list[str], letters: Callable[[str], list[str]] = list) -> lis
 
 
 def write_clip(folder: Path, pad: str) -> int:
-    """vocab.json, merges.txt; "!" is token 0, the last two are start and end of text. Returns the vocabulary's size."""
+    """vocab.json, merges.txt; "!" is token 0, the last two are start and end of text. Returns the
+    vocabulary's size."""
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     pairs = learned(re.findall("[a-z]+", " ".join(SENTENCES).lower()), lambda word: [*word[:-1], word[-1] + "</w>"])
     start, end = "<|startoftext|>", "<|endoftext|>"
@@ -99,7 +102,8 @@ def write_clip(folder: Path, pad: str) -> int:
 
 
 def write_fast(folder: Path, tokenizer: Tokenizer, special: dict, config: dict) -> int:
-    """tokenizer.json of an assembled tokenizer with its special tokens. Returns the vocabulary's size."""
+    """tokenizer.json of an assembled tokenizer with its special tokens. Returns the vocabulary's
+    size."""
     tokenizer.add_special_tokens(list(special.values()))
     content = json.loads(tokenizer.to_str())
     if "merges" in content["model"]:  # as one string each, which older releases of tokenizers need
@@ -111,7 +115,8 @@ def write_fast(folder: Path, tokenizer: Tokenizer, special: dict, config: dict) 
 
 
 def write_t5(folder: Path) -> int:
-    """Unigram: pad 0, end 1, unknown 2, and no start of text; letters that it has not seen are unknown."""
+    """Unigram: pad 0, end 1, unknown 2, and no start of text; letters that it has not seen are
+    unknown."""
     special = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
     words = dict.fromkeys(" ".join(SENTENCES).split())
     letters = sorted(set("".join(words)))
@@ -129,7 +134,8 @@ def write_t5(folder: Path) -> int:
 
 
 def write_gemma(folder: Path) -> int:
-    """BPE that falls back to bytes: pad 0, end 1, start 2, unknown 3; the class pads on the left unless told."""
+    """BPE that falls back to bytes: pad 0, end 1, start 2, unknown 3; the class pads on the left
+    unless told."""
     special = {"pad_token": "<pad>", "eos_token": "<eos>", "bos_token": "<bos>", "unk_token": "<unk>"}
     text = " ".join(SENTENCES).replace(" ", "▁")
     merges = learned(re.findall("▁[A-Za-z]+", text))
@@ -150,8 +156,8 @@ def write_gemma(folder: Path) -> int:
 
 
 def clip(vocab: int, width: int, act: str, projection: int) -> transformers.CLIPTextConfig:
-    # The token ids are those of the real files, which are wrong; with eos_token_id 2 the pooled state is the one at the
-    # largest id, which is the first end of text.
+    # The token ids are those of the real files, which are wrong; with eos_token_id 2 the pooled
+    # state is the one at the largest id, which is the first end of text.
     return transformers.CLIPTextConfig(
         vocab_size=vocab,
         hidden_size=width,
@@ -227,7 +233,8 @@ def autoencoder_dc() -> nn.Module:
 
 
 def clip_model(folder: Path, seed: int = 0) -> Path:
-    """Saves a tiny CLIP of both towers, with its tokenizer and image processor, as the Hub's repositories have it."""
+    """Saves a tiny CLIP of both towers, with its tokenizer and image processor, as the Hub's
+    repositories have it."""
     text = clip(write_clip(folder, pad="<|endoftext|>"), 16, "quick_gelu", 24)
     vision = transformers.CLIPVisionConfig(
         hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, image_size=32, patch_size=8
@@ -330,10 +337,12 @@ def sana(family: str, folder: Path, guidance_embeds: bool = False) -> dict:
 
 
 def build(family: str, folder: Path, seed: int = 0, guidance_embeds: bool = False) -> Path:
-    """Saves the tiny pipeline of `family` into `folder`, in the diffusers layout. Returns the folder.
+    """Saves the tiny pipeline of `family` into `folder`, in the diffusers layout. Returns the
+    folder.
 
-    guidance_embeds, of "sana-sprint" alone: False is a Sprint teacher, which the Hub keeps as a SanaPipeline with
-    timestep_scale 0.001; True is a Sprint student, a SanaSprintPipeline, whose timestep_scale says 1 though it is fed t.
+    guidance_embeds, of "sana-sprint" alone: False is a Sprint teacher, which the Hub keeps as a
+    SanaPipeline with timestep_scale 0.001; True is a Sprint student, a SanaSprintPipeline, whose
+    timestep_scale says 1 though it is fed t.
     """
     folder = Path(folder)
     if family.startswith("sd3"):
@@ -353,7 +362,8 @@ def build(family: str, folder: Path, seed: int = 0, guidance_embeds: bool = Fals
     index = {"_class_name": pipeline.__name__, "_diffusers_version": diffusers.__version__}
     for name, part in parts.items():
         part.save_pretrained(folder / name)
-        if isinstance(part, transformers.CLIPTextModel):  # transformers 5 drops a prefix that the Hub's files have
+        # transformers 5 drops a prefix that the Hub's files have.
+        if isinstance(part, transformers.CLIPTextModel):
             file = folder / name / "model.safetensors"
             weights = {f"text_model.{key.removeprefix('text_model.')}": w for key, w in load_file(file).items()}
             save_file(weights, file, metadata={"format": "pt"})

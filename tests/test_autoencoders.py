@@ -1,4 +1,5 @@
-"""The autoencoders against diffusers': names, shapes, encode, decode and gradients, in float32, float64 and bfloat16."""
+"""The autoencoders against diffusers': names, shapes, encode, decode and gradients, in float32,
+float64 and bfloat16."""
 
 import copy
 
@@ -29,7 +30,7 @@ DC = {  # encoder and decoder differ, so that neither can be built from the othe
 SD3 = {"scaling_factor": 1.5305, "shift_factor": 0.0609}
 FLUX = {"scaling_factor": 0.3611, "shift_factor": 0.1159}
 SANA = {"scaling_factor": 0.41407}
-SIZES = [(24, 40), (8, 12)]  # in the second the oracle's deepest attention is quadratic, which is the same function
+SIZES = [(24, 40), (8, 12)]  # in the second the oracle's deepest attention is quadratic
 
 
 def oracle(ours, config):
@@ -71,7 +72,8 @@ def error(a, b):
 
 
 def with_gradients(function, module, x):
-    """Output, and the gradient of a random projection of it with respect to the input and every parameter used."""
+    """Output, and the gradient of a random projection of it with respect to the input and every
+    parameter used."""
     x = x.clone().requires_grad_()
     module.zero_grad(set_to_none=True)
     out = function(module, x)

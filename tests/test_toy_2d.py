@@ -397,7 +397,7 @@ def test_measure_against_closed_forms():
     measure = measure_of()
     mixture, x = measure.mixture, measure.mixture.sample(20_000, rng())
     good = measure.scores(x)
-    assert good["w2"] < 0.03 and good["modes"] == 8 and good["mass_error"] < 0.1
+    assert good["w2"] < 0.03 and good["mass_error"] < 0.1
     assert abs(good["within_4_sigma"] - (1 - math.exp(-8))) < 5e-4
     # a shift by d adds d^2 / 2 to the squared distance, averaged over directions
     shifted = measure.scores(x + torch.tensor([0.3, -0.4]))["w2"]
@@ -405,10 +405,10 @@ def test_measure_against_closed_forms():
     # without one of its modes, and with one mode's worth of samples at the centre of the ring
     nearest = torch.cdist(x, mixture.means).argmin(1)
     dropped = measure.scores(torch.where((nearest == 3)[:, None], torch.zeros(2), x))
-    assert dropped["modes"] == 8 - (dropped["mass_error"] > 0.9)
+    assert dropped["mass_error"] > 0.8
     assert abs(dropped["within_4_sigma"] - 7 / 8) < 0.02
     moved = measure.scores(torch.where((nearest == 3)[:, None], mixture.means[4], x))
-    assert moved["modes"] == 7 and moved["mass_error"] > 0.9
+    assert moved["mass_error"] > 0.9
 
 
 @pytest.mark.parametrize("name", toy_2d.MIXTURES)
@@ -572,7 +572,7 @@ def test_the_sweep_prints_its_tables(monkeypatch, tmp_path, capsys):
     ratios = json.loads((tmp_path / "sweep.json").read_text())
     assert len(ratios) == 4 * 7 + 3 * 3 + 4 * 3 and {"alpha = 0.5, 1/t", "DMD, seed 2"} <= ratios.keys()
     out = capsys.readouterr().out
-    assert "49 students" in out and f"{ratios['DMD, seed 2']:14.2f}" in out
+    assert (tmp_path / "sweep.png").exists() and "49 students" in out and f"{ratios['DMD, seed 2']:14.2f}" in out
 
 
 def test_a_run_that_diverges_says_so(monkeypatch, tmp_path, capsys):
@@ -600,11 +600,11 @@ def test_check_alone_reports_and_a_failed_claim_is_exit_status_1(monkeypatch, ca
 @pytest.mark.parametrize(
     ("args", "says"),
     [
-        (("--steps", "0"), "--steps: invalid positive_integer value"),
+        (("--steps", "0"), "--steps 0: needs a whole number, 1 or more"),
         (("--iters", "-3"), "--iters"),
         (("--seed", "99999999999999999999"), "--seed"),
-        (("--alpha", "nan"), "--alpha: invalid finite_number value"),
-        (("--alpha", "one"), "--alpha: invalid finite_number value"),
+        (("--alpha", "nan"), "--alpha nan: needs a finite number"),
+        (("--alpha", "one"), "--alpha: invalid float value"),
         (("--check", "--sweep"), "not allowed with"),
         (("--mixture", "square"), "invalid choice: 'square'"),
         (("--colour",), "unrecognized arguments: --colour"),
