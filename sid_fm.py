@@ -199,12 +199,12 @@ def guided(
     features: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """Classifier-free guidance, v = v_uncond + guidance (v_cond - v_uncond), in one batched call.
-    As D = x_t - t v is linear in v, this guides D alike.
+    As D = x_t - t v is linear in v, D is guided alike.
 
     Returns v and, with features=True, the pooled hidden states [B, channels] of the conditional
-    half (else None): the adversarial pair judges that half alone. One unconditional row in uncond
-    serves the whole batch. A key missing from uncond (a guidance embedding's scale) is taken from
-    cond. If guidance is not 1, cond and uncond are both required (ValueError).
+    half (else None), which the adversarial pair judges. One row in uncond serves the whole batch; a
+    key that it lacks (a guidance embedding's scale) is taken from cond. A guidance other than 1
+    needs both cond and uncond (ValueError).
     """
     plain = guidance == 1
     if not plain:
@@ -874,17 +874,13 @@ class FLUX(Backbone):
         axes_dims_rope: tuple[int, ...] = (16, 56, 56),
     ):
         super().__init__()
-        dim = num_attention_heads * attention_head_dim
+        heads, dim = num_attention_heads, num_attention_heads * attention_head_dim
         self.axes = tuple(axes_dims_rope)
         self.x_embedder = nn.Linear(in_channels, dim)
         self.context_embedder = nn.Linear(joint_attention_dim, dim)
         self.time_text_embed = Conditioning(dim, pooled_projection_dim, guidance_embeds)
-        self.transformer_blocks = nn.ModuleList(
-            JointBlock(dim, num_attention_heads, flux_norm) for _ in range(num_layers)
-        )
-        self.single_transformer_blocks = nn.ModuleList(
-            SingleBlock(dim, num_attention_heads) for _ in range(num_single_layers)
-        )
+        self.transformer_blocks = nn.ModuleList(JointBlock(dim, heads, flux_norm) for _ in range(num_layers))
+        self.single_transformer_blocks = nn.ModuleList(SingleBlock(dim, heads) for _ in range(num_single_layers))
         self.norm_out = Modulation(dim, 2)
         self.proj_out = nn.Linear(dim, in_channels)
 
@@ -1328,7 +1324,8 @@ def read_pixels(file: Path, resolution: int | None = None):
 
 
 def write(file: Path, content: Callable[[Path], object]) -> None:
-    """Lets `content` write a file beside and renames it: a file is whole or absent."""
+    """Lets `content` write a file beside and renames it: the old file stays, or the new one is
+    whole."""
     part = file.with_name(f".{file.name}.part")
     try:
         content(part)
@@ -1414,8 +1411,7 @@ def fetch(repository: str, kind: re.Pattern = PIPELINE) -> Path:
     except errors as error:
         error = reason or error
         reason = [*str(error).splitlines(), type(error).__name__][0]
-        advice = "check the name and the network; accept a gated repository's licence on its page and log in (hf auth "
-        advice += "login, or HF_TOKEN); HF_HOME chooses another disk"
+        advice = "check name and network; if gated, accept its licence and log in (hf auth login); HF_HOME is the disk"
         raise BadInput(f"{repository} can't be had from the Hub ({reason}): {advice}") from None
 
 
@@ -1472,16 +1468,16 @@ def pretrained_network(kind: str, folder: Path, **options) -> nn.Module:
 
 class TextEncoders:
     """The tokenizers and text encoders of a pipeline's folder: cond = encoders(prompts), as its
-    pipeline encodes them.
+    pipeline encodes them. text has a vector a token, pooled a vector a prompt:
 
-    sd3   text [B, 77 + 256, 4096]: the penultimate states of two CLIPs side by side, padded with zeros, then T5's states
-          (zeros in a folder without T5); pooled [B, 2048]: both CLIPs' projected outputs
+    sd3   text [B, 77 + 256, 4096]: the penultimate states of two CLIPs side by side, padded with
+          zeros, then T5's (zeros without T5); pooled [B, 2048]: both CLIPs' projected outputs
     flux  text [B, 512, 4096]: T5's states; pooled [B, 768]: CLIP's output at the end of the text
     sana  text [B, 300, 2304]: Gemma's last states; mask [B, 300]: 1 on tokens, 0 on padding
 
-    CLIP and T5 are given no mask: they attend to their padding. instruction: the text before every
-    prompt of SANA but the empty one; newlines and trailing spaces count. Raises BadInput for a
-    folder that lacks a part or holds one that can't be read.
+    CLIP and T5 are given no mask: they attend to their padding. instruction: stands before every
+    prompt of SANA that is not empty, to the letter. Raises BadInput for a folder that lacks a part
+    or holds one that can't be read.
     """
 
     def __init__(self, folder: Path, family: str, device: str = "cpu", dtype=torch.float32, instruction: str = ""):
@@ -1542,8 +1538,8 @@ class TextEncoders:
         return {"text": self.states("_2", prompts, length).last_hidden_state, "pooled": pooled}
 
     def encode_sana(self, prompts: list[str], length: int) -> dict[str, Tensor]:
-        """Of an instructed prompt's states the first and the last length - 1 are kept. The empty
-        prompt, which is the unconditional one, is encoded bare."""
+        """Keeps the states of the first token and of the last length - 1. The empty prompt, which
+        is the unconditional one, is encoded bare."""
         prompts = [prompt.lower().strip() for prompt in prompts]
         total = length
         if self.instruction:
@@ -1581,12 +1577,7 @@ def build_network(kind: type[nn.Module], config: dict) -> nn.Module:
 
 
 def load_network(
-    folder: Path,
-    kind: type[nn.Module],
-    device: str = "cpu",
-    dtype: torch.dtype = torch.float32,
-    mapped: bool = False,
-    **override,
+    folder: Path, kind: type[nn.Module], device: str = "cpu", dtype=torch.float32, mapped: bool = False, **override
 ) -> nn.Module:
     """A frozen network of this kind. Names and shapes are compared before weights are read. mapped:
     the weights stay in their files, in the files' dtype, until to_device copies them. override:
@@ -1606,7 +1597,7 @@ def load_network(
 
 
 def to_device(net: nn.Module, device: str, dtype: torch.dtype) -> nn.Module:
-    """Copies a network's weights to a device, always: a mapped weight changes with its file."""
+    """Copies a network's weights to a device, always: they must not depend on a mapped file."""
     weights = {key: x.to(device, dtype, copy=True) for key, x in net.state_dict().items()}
     net.load_state_dict(weights, assign=True)
     return net
@@ -1615,9 +1606,9 @@ def to_device(net: nn.Module, device: str, dtype: torch.dtype) -> nn.Module:
 class Teacher:
     """A pretrained flow-matching model with all that goes around its network. Made by load_teacher.
 
-    dit: v = net(x_t, t, cond). Latents are as the losses see them, (z - shift) * scale, unpacked,
-    in float32. The text encoders are loaded when the first prompt comes, and leave memory with
-    forget_text(). resolution: pixels a side, or (height, width).
+    dit: v = net(x_t, t, cond). Latents are as the losses see them: (z - shift) * scale, [B, C, h,
+    w] (not FLUX's packed tokens), in float32. The text encoders are loaded when the first prompt
+    comes, and leave memory with forget_text(). resolution: pixels a side, or (height, width).
     """
 
     def __init__(self, name: str, folder: Path, family: str, dit: nn.Module, vae: nn.Module, scheduler: dict):
@@ -1656,12 +1647,13 @@ class Teacher:
 
     def times(self, steps: int, resolution: int | tuple[int, int]) -> Tensor:
         """The descending times of the teacher's own pipeline, on the Rectified Flow path, with the
-        final 0. With r(t) = s t / (1 + (s - 1) t): SD3 and SANA (s = 3) put linspace(1, r(1 /
-        1000), steps) through r; FLUX linspace(1, 1 / steps, steps), with s = e^mu, mu linear in the
-        number of tokens. For SANA these are the Euler scheduler's; its pipeline's DPM-Solver++
-        walks nearly the same. A consistency scheduler (SANA-Sprint's students) divides the TrigFlow
-        quarter circle, mapped here at equal SNR. -> [steps + 1]"""
-        config, s = self.scheduler, self.scheduler.get("shift", self.scheduler.get("flow_shift", 1.0))
+        final 0 -> [steps + 1]. With r(t) = shift t / (1 + (shift - 1) t):
+
+        SD3, SANA  r(linspace(1, r(1 / 1000), steps)), near SANA's DPM-Solver++ times
+        FLUX       r(linspace(1, 1 / steps, steps)), shift = e^mu, mu linear in the tokens
+        Sprint     (students) the TrigFlow quarter circle, divided evenly, at equal SNR
+        """
+        config, shift = self.scheduler, self.scheduler.get("shift", self.scheduler.get("flow_shift", 1.0))
         if config.get("_class_name") == "SCMScheduler":
             u = torch.linspace(1.5708, 0, steps + 1, dtype=torch.float64)
             if steps == 2:
@@ -1669,13 +1661,13 @@ class Teacher:
             return time_at(u.cos(), u.sin(), "rf").float()
 
         def r(t: Tensor | float) -> Tensor | float:
-            return s * t / (1 + (s - 1) * t)
+            return shift * t / (1 + (shift - 1) * t)
 
         if config.get("use_dynamic_shifting"):
             _, h, w = self.latent_shape(resolution)
             low, high = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
             least, most = config.get("base_shift", 0.5), config.get("max_shift", 1.15)
-            s = math.exp(least + (most - least) * (h * w / 4 - low) / (high - low))
+            shift = math.exp(least + (most - least) * (h * w / 4 - low) / (high - low))
         last = 1 / steps if self.family == "flux" else r(1 / 1000)
         t = r(torch.linspace(1, last, steps, dtype=torch.float64))
         return torch.cat([t, torch.zeros(1, dtype=torch.float64)]).float()
@@ -1773,16 +1765,14 @@ def local(x: Tensor) -> Tensor:
 class Float32Adam(torch.optim.Optimizer):
     """Adam with beta1 = 0, as in the paper, for weights of low precision.
 
-    bf16 rounds away updates of 1e-5 and less, so behind each bf16 weight stands a float32 copy that
-    takes the update; the weight is its rounding. A float32 weight needs no copy, and the first
-    moment, the gradient, no memory. accumulate: the gradients of several parts of a batch are added
-    up in float32, as sums in bf16 are percents off (FSDP2 does so by itself). take_step sets
-    found_inf, a tensor on the device: where it is 1 the step changes nothing.
+    bf16 rounds away updates of 1e-5 and less. So each bf16 weight has a float32 copy: Adam updates
+    the copy, and the weight is its rounded value. The first moment is not stored: with beta1 = 0 it
+    is the gradient. accumulate: the gradients of several parts of a batch are added up in float32,
+    as sums in bf16 are percents off (FSDP2 does so by itself). take_step sets found_inf, a tensor
+    on the device: where it is 1 the step changes nothing.
     """
 
-    def __init__(
-        self, weights: Iterable[Tensor], lr: float, beta2: float = 0.999, eps: float = 1e-8, accumulate: bool = False
-    ):
+    def __init__(self, weights: Iterable, lr: float, beta2: float = 0.999, eps: float = 1e-8, accumulate: bool = False):
         super().__init__(weights, {"lr": lr, "beta2": beta2, "eps": eps, "fused": True})
         for w in (w for group in self.param_groups for w in group["params"]):
             wide = widen(local(w.detach()))
@@ -1841,8 +1831,8 @@ class AdaptedLinear(nn.Linear):
 
 def adapt(net: nn.Module, rank: int) -> nn.Module:
     """A network on the very weights of `net`, with an adapter on each linear layer of its blocks.
-    Three such networks hold one copy of the weights; which adapters are on is which network is
-    called."""
+    So three networks hold one copy of the weights, and calling one of them uses its own adapters.
+    """
     twin = copy.deepcopy(net, {id(x): x for x in (*net.parameters(), *net.buffers())})
     for parent in [module for block in blocks_of(twin) for module in block.modules()]:
         for name, layer in [*parent.named_children()]:
@@ -1876,10 +1866,9 @@ def plain_weights(net: nn.Module) -> tuple[dict[str, Tensor], dict[str, Tensor]]
 
 
 def save_student(net: nn.Module, teacher: Teacher | None, folder: str | Path) -> None:
-    """Writes a student in the diffusers layout, config.json and safetensors, each file whole or not
-    at all. Adapters are merged, and also written as the file that diffusers' load_lora_weights
-    reads. Where processes share the network all must call this, and the first one writes. The dtype
-    is the teacher's (the network's where teacher is None)."""
+    """Writes a student in the diffusers layout, each file whole or not at all. Adapters are merged,
+    and also written as diffusers' load_lora_weights reads them. Where processes share the network
+    all must call this. The dtype is the teacher's (the network's where teacher is None)."""
     from safetensors.torch import save_file
 
     weights, adapters = plain_weights(net)
@@ -1979,9 +1968,8 @@ def three_networks(
     return student, fake
 
 
-# State to resume from: a safetensors file a process and a network in state/ITERATION, and
-# state.json, which names the iteration. It is written after the others, and the former state goes
-# after it.
+# State to resume from: state/ITERATION/ holds a safetensors file for each process and network.
+# state.json, written last, names the iteration; then the old state is deleted.
 
 
 def state_of(net: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
@@ -1993,9 +1981,7 @@ def state_of(net: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tens
     return tensors
 
 
-def save_state(
-    folder: Path, iteration: int, nets: dict[str, nn.Module], optimizers: Iterable, rng: torch.Generator
-) -> None:
+def save_state(folder: Path, iteration: int, nets: dict, optimizers: Iterable, rng: torch.Generator) -> None:
     """Writes a state beside the present one, which stays good until this one is whole. A network at
     a time passes through the machine's memory. All processes must call it."""
     from safetensors.torch import save_file
@@ -2025,14 +2011,12 @@ def load_state(folder: Path, nets: dict[str, nn.Module], optimizers: Iterable, r
         file = folder / f"{notes['iteration']:07d}" / f"{rank}-{role}.safetensors"
         saved, present = read_tensors(file), state_of(net, optimizer) | {":random": rng.get_state()}
         if {key: x.shape for key, x in saved.items()} != {key: x.shape for key, x in present.items()}:
-            options = "--teacher, --lora, --dtype and --device"
-            raise BadInput(f"--resume: {file} is the state of another network or device: give the {options} it had")
+            raise BadInput(
+                f"--resume: {file} is of another network or device: give the --lora, --dtype, --device it had"
+            )
         for key, x in present.items():
             x.copy_(saved[key])
         rng.set_state(saved[":random"])
-
-
-# Memory
 
 
 def move(where: str, nets: Iterable[nn.Module], optimizers: Iterable[torch.optim.Optimizer]) -> None:
@@ -2043,22 +2027,20 @@ def move(where: str, nets: Iterable[nn.Module], optimizers: Iterable[torch.optim
         state |= {key: x.to(where) for key, x in state.items()}
 
 
-def training_memory(
-    teacher: Teacher, lora: int | None, accumulate: int = 1, other_start: bool = False
-) -> dict[str, float]:
-    """Bytes by part of training on each device, activations apart: in bf16 24 a weight of the
-    network, 26 with accumulation; with adapters 2 a weight, and 22 or 24 for each of theirs.
+def training_memory(teacher: Teacher, lora: int | None, accumulate: int = 1, other_start: bool = False) -> dict:
+    """Bytes of training on each device by part, activations apart. In bf16: 24 a weight of the
+    network, 26 with accumulation; with adapters 2 a weight, and 22 or 24 a weight of an adapter.
     other_start: the student has weights of its own. Raises BadInput for too large a rank."""
     world, low = rank_and_world()[1], teacher.dtype.itemsize
     weights = sum(w.numel() for w in teacher.dit.parameters())
     trained = sum(w.numel() for w in trainable_weights(adapt(teacher.dit, lora) if lora else teacher.dit))
-    # Adapters of all networks are on one copy, but where processes share them.
+    # In one process all networks with adapters are on one copy; sharded, each has its own.
     copies = 1 if not lora else 3 if world > 1 else 1 + other_start
     return {
         "frozen weights": copies * weights * low / world,
         "trained weights and float32 copies": 2 * trained * (low + (4 if low < 4 else 0)) / world,
         "Adam": 2 * trained * max(4, low) / world,
-        # of one network at a time; until the last part of a batch each process holds all of them
+        # of one network at a time; FSDP2 keeps all of them until the last part of a batch
         "gradients": trained * (low / world if accumulate == 1 else 4),
     }
 
@@ -2087,8 +2069,7 @@ def to_pixels(images: Tensor):
 
 @torch.no_grad()
 def sample_pixels(teacher: Teacher, sampler: Callable, z: Tensor, cond: dict, seed: int):
-    """The pictures of sampler(z, cond, rng=rng), as to_pixels has them; seed: of rng. Raises
-    FloatingPointError for pictures that are not finite."""
+    """The pictures of sampler(z, cond, rng). Raises FloatingPointError if they are not finite."""
     images = teacher.decode(sampler(z, cond, rng=torch.Generator().manual_seed(seed)))
     if not images.isfinite().all():
         raise FloatingPointError("diverged: the pictures are not finite; in training, try a smaller --lr")
@@ -2121,13 +2102,12 @@ class CLIP:
 
 
 def mmd(x: Tensor, y: Tensor, paired: bool = False, sigma: float = 10.0) -> tuple[float, float]:
-    """The squared maximum mean discrepancy E k(x, x') + E k(y, y') - 2 E k(x, y) of a Gaussian
-    kernel, unbiased (so below zero at times where the distributions are equal), and its standard
-    error (jackknife: each prompt is left out in turn).
+    """The squared maximum mean discrepancy E k(x, x') + E k(y, y') - 2 E k(x, y) with
+    k(x, y) = exp(-|x - y|^2 / (2 sigma^2)), unbiased, so that it may fall below zero, and its
+    standard error (jackknife: each prompt is left out in turn).
 
-    k(x, y) = exp(-|x - y|^2 / (2 sigma^2)). x: [P, S, d], y: [Q, T, d], of P and Q independent
-    prompts, 3 or more: a pair of samples counts if their prompts differ. paired: y[i] is of the
-    prompt of x[i], so these don't make a pair either.
+    x: [P, S, d], y: [Q, T, d], of P and Q independent prompts, 3 or more. A pair of samples counts
+    if their prompts differ; with paired=True x[i] and y[i] share a prompt.
     """
 
     def kernel(a: Tensor, b: Tensor) -> Tensor:  # means over both prompts' seeds
@@ -2172,8 +2152,8 @@ def scores(x: Tensor, texts: Tensor, reference: Tensor, paired: bool) -> dict[st
 
 class Evaluation:
     """Measures samplers on fixed prompts: evaluation(sampler, title) -> scores, a picture of each
-    prompt of this process, seconds a picture. Noise is a function of seed and prompt alone, for any
-    number of processes. Where processes share networks all must call it.
+    prompt of this process, seconds a picture. Noise is a function of the seed and the prompt's
+    place, for any number of processes. Where processes share networks all must call it.
 
     cond: of the prompts, in host memory. latent_shape: (C, h, w). reference: files of pictures to
     be like; if there are none, teacher_sampler makes them from other noise."""
@@ -2204,7 +2184,7 @@ class Evaluation:
         prompt of this process, and seconds a picture (the median over prompts)."""
         (rank, world), count, device = rank_and_world(), len(self.prompts), self.teacher.device
         embedded, shown, seconds = [], [], []
-        rounds = -(-count // world)  # all processes sample as often: some a prompt for a second time
+        rounds = -(-count // world)  # the last round repeats prompts, so that all processes sample as often
         with tqdm(total=count * SEEDS, desc=title, unit=" images", leave=False, disable=rank > 0) as bar:
             for i in ((rank + world * j) % count for j in range(rounds)):
                 own_seed = random.Random(f"{seed} {i}").getrandbits(62)
@@ -2249,7 +2229,7 @@ GRAMMAR = {  # what prompts are made of where no file is given: {name} stands fo
     "word": "OPEN|HELLO|NORTH|TEA|FLOW|DREAM|NOISE|TIME",
 }
 BATCH = 8  # prompts or images that go through an encoder together
-STRETCH = 1024  # prompts of each process that are encoded at a time, or as many as 8 iterations take
+STRETCH = 1024  # each process encodes at least so many prompts at a time, and at least 8 iterations
 
 
 def compose(key: str) -> str:
@@ -2327,24 +2307,21 @@ def encode(
 
 class Inputs:
     """The batches of a run. Prompts and images are encoded a stretch of iterations at a time, into
-    host memory; each process encodes its own share. If all fit into one stretch, they are encoded
-    once.
+    host memory; each process encodes what it takes, or once all that fits into one stretch.
 
-    prompts: all, or none: then the grammar composes one for every place of the run. images: the
-    files that the prompts are captions of, or none. batch and accumulate are sizes.
+    prompts: all, or none: then the grammar composes one for every sample of the run. images: files
+    that the prompts are captions of, or none. batch and accumulate are sizes.
     """
 
-    def __init__(
-        self, teacher: Teacher, prompts: list[str], images: list[Path], batch: int, accumulate: int, seed: int
-    ):
+    def __init__(self, teacher: Teacher, prompts: list, images: list, batch: int, accumulate: int, seed: int):
         self.teacher, self.prompts, self.images, self.seed = teacher, prompts, images, seed
         self.batch, self.accumulate, self.rows, self.encoded = batch, accumulate, {}, {}
         self.length, self.stretch = max(8, -(-STRETCH // (batch * accumulate))), -1  # in iterations
         self.once = 0 < len(prompts) <= self.length * batch * accumulate
 
     def parts(self, iteration: int) -> list[list[int]]:
-        """The batches that this process takes in an iteration, as indices of prompts, each once an
-        epoch; as places in the run where prompts are composed."""
+        """The batches that this process takes in an iteration: indices of prompts, each once an
+        epoch. Where prompts are composed, item n is the n-th sample of the run."""
         (rank, world), total = rank_and_world(), len(self.prompts)
         first = [((iteration * self.accumulate + i) * world + rank) * self.batch for i in range(self.accumulate)]
         parts = [range(place, place + self.batch) for place in first]
@@ -2353,8 +2330,7 @@ class Inputs:
         return [[epoch_order(total, self.seed, place // total)[place % total] for place in part] for part in parts]
 
     def prepare(self, iteration: int, iters: int, tokens: int | None, resolution: int) -> None:
-        """Encodes the stretch of an iteration, of `iters` in all; then the text encoders have left.
-        """
+        """Encodes the stretch that contains `iteration`, and frees the text encoders."""
         self.stretch = iteration // self.length
         stretch = range(self.stretch * self.length, min((self.stretch + 1) * self.length, iters))
         items = range(len(self.prompts)) if self.once else [i for n in stretch for part in self.parts(n) for i in part]
@@ -2368,8 +2344,8 @@ class Inputs:
             print(f"{len(prompts):,} prompts at a time take {size / 1e9:.2g} GB of host memory", file=sys.stderr)
 
     def batches(self, start: int, next_stretch: Callable[[int], None]) -> Iterator[tuple[dict, Tensor | None]]:
-        """(cond, real) on the device, from iteration `start` on. next_stretch(iteration) is to
-        prepare a stretch."""
+        """(cond, real) on the device, from iteration `start` on. next_stretch(iteration) has to
+        call prepare."""
         device = self.teacher.device
         for iteration in itertools.count(start):
             if iteration // self.length != self.stretch and not self.once:
@@ -2421,7 +2397,11 @@ def plot_log(file: Path, log: list[dict]) -> None:
     import numpy as np
 
     plt = pyplot()
-    labels = {"fisher": "Fisher estimate", "fake_loss": "fake network's loss", "loss": "generator's loss (about 0)"}
+    labels = {
+        "fisher": "Fisher estimate",
+        "fake_loss": "fake network's loss",
+        "loss": "loss (about 0 at alpha = 1)",
+    }
     labels |= {"discriminator": "discriminator (log 2: tells nothing)", "adversarial": "adversarial"}
     names, measured = [name for name in labels if name in log[0]], [row for row in log if "scores" in row]
     images, width = np.array([row["images"] for row in log]), max(1, len(log) // 20)  # width of the running mean
@@ -2473,8 +2453,7 @@ def one_line_errors() -> Iterator[None]:
     except (OSError, SafetensorError) as error:  # a full disk is SafetensorError to safetensors
         fail(f"{error}; what was saved before is whole", status=1)
     except torch.OutOfMemoryError:
-        advice = "try a smaller --batch, --resolution or --tokens, --lora 16, or leave out --keep-activations"
-        fail(f"the GPU's memory is full: {advice}", status=1)
+        fail("the GPU's memory is full: try a smaller --batch, --lora 16, or no --keep-activations", status=1)
 
 
 def check_numbers(args: argparse.Namespace) -> None:
@@ -2542,8 +2521,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def settle(args: argparse.Namespace) -> tuple[argparse.Namespace, Teacher]:
-    """Turns what was asked into what is done, the only place that does so. Returns the settings and
-    the teacher, whose network is still in its files. Raises BadInput for what can't be."""
+    """Fills in the defaults that depend on the device and the teacher. Returns the settings and the
+    teacher, whose network is still in its files. Raises BadInput for what can't be."""
     check_numbers(args)
     if args.evaluate and not args.student:
         raise BadInput("--evaluate measures a student: give --student FOLDER")
@@ -2568,7 +2547,7 @@ def settle(args: argparse.Namespace) -> tuple[argparse.Namespace, Teacher]:
         "guidance": (1.0 if embedded else 4.5) if args.guidance is None else args.guidance,
         "lr": (5e-6 if teacher.family == "sana" else 1e-6) * (10 if args.lora else 1) if args.lr is None else args.lr,
         "num": args.num or (500 if args.evaluate else 64),
-        # the authors' waiting times; shorter runs than theirs wait for a tenth and a fifth
+        # the authors' waiting times, or a tenth and a fifth of the images of a shorter run
         "warmup": getattr(args, "warmup", (min(20_000, images // 10), min(40_000, images // 5))),
     }
     teacher.latent_shape(decided["resolution"])
@@ -2611,7 +2590,7 @@ def sample(args: argparse.Namespace, teacher: Teacher) -> None:
     shape, pictures = (len(args.sample), *teacher.latent_shape(args.resolution)), []
     z = noise_like(torch.empty(shape, device=teacher.device), torch.Generator().manual_seed(args.seed))
     with tqdm(total=len(z) * args.steps, desc="sampling", unit="step", delay=2, leave=False) as bar:
-        net.register_forward_hook(lambda *_: bar.update())
+        net.register_forward_hook(lambda *_: bar.update() and None)  # a hook's result would be the output
         for i in range(len(z)):
             one = slice(i, i + 1)
             cond_one = {key: x[one] for key, x in cond.items()}
@@ -2679,8 +2658,8 @@ def evaluate(args: argparse.Namespace, teacher: Teacher) -> None:
 
 
 class Log:
-    """A run's measurements: `rows` of numbers, and a line an iteration in log.jsonl, after the
-    first lines of a resumed run. New ones stay on the device for a while: reading makes the host
+    """A run's measurements: `rows` of numbers, and a line an iteration in log.jsonl, of which a
+    resumed run keeps `iterations`. New ones stay on the device for a while: reading makes the host
     wait."""
 
     def __init__(self, file: Path, iterations: int):
@@ -2691,7 +2670,7 @@ class Log:
 
     def add(self, measured: dict, read: bool) -> bool:
         """Adds an iteration. If `read`, or after ten of them, reads them as means over the
-        processes (None is a number that is not finite), and returns True."""
+        processes, and returns True. Numbers that are not finite become None."""
         self.waiting.append(measured)
         if not read and len(self.waiting) < 10:
             return False
@@ -2708,7 +2687,7 @@ class Log:
         return True
 
     def cmmds(self) -> list[float]:
-        """All that were measured."""
+        """Every CMMD measured so far."""
         return [row["scores"]["cmmd"][0] for row in self.rows if "scores" in row]
 
     def summary(self) -> str:
@@ -2722,9 +2701,9 @@ class Log:
 
 @contextlib.contextmanager
 def signals() -> Iterator[list[int]]:
-    """The first Ctrl-C or SIGTERM joins a list, which is looked at when an iteration is done. The
-    second one ends the process; not under torchrun, which passes on signals that its processes
-    have already, and kills them 30 seconds later itself."""
+    """Appends the first Ctrl-C or SIGTERM to a list, which is checked after each iteration. The
+    second one ends the process; not under torchrun, which passes on signals that its processes have
+    already, and kills them 30 seconds later itself."""
     caught: list[int] = []
 
     def catch(number: int, frame: object) -> None:
@@ -2742,7 +2721,7 @@ def signals() -> Iterator[list[int]]:
 
 
 def largest(number: int) -> int:
-    """The largest of all processes' numbers. Their hosts agree on it: no device is waited for."""
+    """The largest of all processes' numbers, compared on the CPU: no device is waited for."""
     x = torch.tensor(number)
     if rank_and_world()[1] > 1:
         torch.distributed.all_reduce(x, torch.distributed.ReduceOp.MAX)
@@ -2751,7 +2730,7 @@ def largest(number: int) -> int:
 
 def begin_run(out: Path, args: argparse.Namespace) -> int:
     """Writes args.json, which makes a folder a run's, and returns the iteration of its state, 0
-    where it has none. Raises BadInput for another run's folder."""
+    where it has none. Raises BadInput if the folder holds a run and --resume is not given."""
     out.mkdir(parents=True, exist_ok=True)
     state = out / "state" / "state.json"
     first = read_json(state).get("iteration") if args.resume and state.is_file() else 0
@@ -2764,7 +2743,7 @@ def begin_run(out: Path, args: argparse.Namespace) -> int:
             (out / "args.json").touch(exist_ok=args.resume)
         except FileExistsError:
             raise BadInput(f"{out} holds a run: --resume goes on with it, another --out starts another") from None
-        if not args.resume:
+        if not first:
             write_json(out / "args.json", vars(args))
     return first
 
@@ -2780,7 +2759,7 @@ def sampling_command(args: argparse.Namespace, prompt: str) -> str:
 def train(args: argparse.Namespace, teacher: Teacher) -> None:
     """Distils the teacher into a student, and shows how it goes."""
     out, (rank, world), device = Path(args.out), rank_and_world(), teacher.device
-    prompts, images = read_inputs(args.prompts, args.data)
+    prompts, files = read_inputs(args.prompts, args.data)
     eval_inputs = args.clip, device, prompts, args.num, args.reference, args.seed
     clip, eval_prompts, reference = evaluation_inputs(*eval_inputs) if args.evaluate_every else (None, [], [])
     start = load_student(args.student, teacher, mapped=True) if args.student else teacher.dit
@@ -2791,11 +2770,11 @@ def train(args: argparse.Namespace, teacher: Teacher) -> None:
     shown = prompts[:4] or [compose(f"shown {args.seed} {i}") for i in range(4)]
     uncond, cond, eval_cond = (encode(teacher, some, args.tokens) for some in ([""], shown, eval_prompts))
     uncond, cond = ({key: x.to(device) for key, x in rows.items()} for rows in (uncond, cond))
-    inputs = Inputs(teacher, prompts, images, args.batch, args.accumulate, args.seed)
+    inputs = Inputs(teacher, prompts, files, args.batch, args.accumulate, args.seed)
     inputs.prepare(first, args.iters, args.tokens, args.resolution)
 
     # Three networks, two optimizers, and the source of random numbers: the state of the run.
-    torch.manual_seed(args.seed)  # of the adapters
+    torch.manual_seed(args.seed)  # of the adapters' first weights
     student, fake = three_networks(teacher, start, args.lora, not args.keep_activations, args.compile)
     adam, nets = partial(Float32Adam, lr=args.lr, accumulate=args.accumulate > 1), {"student": student, "fake": fake}
     optimizers = [adam(trainable_weights(net)) for net in nets.values()]
@@ -2806,17 +2785,17 @@ def train(args: argparse.Namespace, teacher: Teacher) -> None:
     if rank == 0:
         write_json(out / "args.json", vars(args))
 
-    shape, seen = teacher.latent_shape(args.resolution), world * args.accumulate * args.batch  # images an iteration
+    latents, images = teacher.latent_shape(args.resolution), world * args.accumulate * args.batch  # an iteration
     teacher_sampler = partial(teacher.sample, uncond=uncond, guidance=args.guidance)
     student_sampler = partial(generate, student, steps=args.steps, noise=args.noise)
-    z = noise_like(torch.empty(len(shown), *shape, device=device), torch.Generator().manual_seed(args.seed))
+    z = noise_like(torch.empty(len(shown), *latents, device=device), torch.Generator().manual_seed(args.seed))
     preview = partial(sample_pixels, teacher, z=z, cond=cond, seed=args.seed + 1)
     pictures = {f"teacher, {teacher.steps} steps": preview(sampler=teacher_sampler)}
-    log, measured_like = Log(out / "log.jsonl", first), (shape, args.seed, teacher_sampler, reference)
+    log, measured_like = Log(out / "log.jsonl", first), (latents, args.seed, teacher_sampler, reference)
     evaluation = Evaluation(teacher, clip, eval_prompts, eval_cond, *measured_like) if clip else None
 
     def next_stretch(iteration: int) -> None:
-        """The text encoders take the place of the networks on the device for a while."""
+        """Swaps the networks out to the CPU while the text encoders run."""
         move("cpu", (teacher.dit, student, fake), optimizers)
         inputs.prepare(iteration, args.iters, args.tokens, args.resolution)
         move(device, (teacher.dit, student, fake), optimizers)
@@ -2826,15 +2805,15 @@ def train(args: argparse.Namespace, teacher: Teacher) -> None:
         save_student(student, teacher, out / "student")
         save_state(out / "state", done, nets, optimizers, rng)
         if rank == 0:
-            title = f"{Path(args.teacher).name}, the student after {done * seen:,} images"
+            title = f"{Path(args.teacher).name}, the student after {done * images:,} images"
             plot_images(out / f"samples-{done:06d}.png", pictures, shown, title)
             plot_log(out / "loss.png", log.rows)
 
     options = {key: getattr(args, key) for key in ("steps", "loss", "alpha", "weight", "noise", "guidance", "warmup")}
     options |= {"start": first, "iters": args.iters, "accumulate": args.accumulate, "rng": rng, "uncond": uncond}
-    batches, shape = inputs.batches(first, next_stretch), (args.batch, *shape)
+    batches, shape = inputs.batches(first, next_stretch), (args.batch, *latents)
     loop = distill(teacher.dit, student, fake, optimizers, batches, shape, **options)
-    bar = tqdm(total=args.iters * seen, initial=first * seen, unit=" images", unit_scale=True, disable=rank > 0)
+    bar = tqdm(total=args.iters * images, initial=first * images, unit=" images", unit_scale=True, disable=rank > 0)
     with signals() as caught, bar:
         for measured in loop:
             done = measured["iteration"] + 1
@@ -2844,7 +2823,7 @@ def train(args: argparse.Namespace, teacher: Teacher) -> None:
                 measured["scores"], *_ = evaluation(student_sampler, "evaluation")
                 if largest(rank == 0 and measured["scores"]["cmmd"][0] < min(log.cmmds(), default=math.inf)):
                     save_student(student, teacher, out / "student-best")
-            bar.update(seen)
+            bar.update(images)
             if log.add(measured, read="scores" in measured or saves or halt):
                 bar.set_postfix_str(log.summary(), refresh=False)
             if saves:

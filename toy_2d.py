@@ -53,8 +53,7 @@ class Mixture:
         return means + self.sigma * noise_like(means, rng)
 
     def log_components(self, x_t: Tensor, t: Tensor, path: str = "rf") -> Tensor:
-        """log w_m N(x_t; a mu_m, (a^2 sigma^2 + s^2) I): [B, M]. Their logsumexp is log p_t(x_t).
-        """
+        """log w_m N(x_t; a mu_m, (a^2 sigma^2 + s^2) I): [B, M]. Their logsumexp is log p_t(x_t)."""
         a, s, _, _ = path_terms(match_dims(t, x_t), path)
         variance = (a * self.sigma) ** 2 + s**2
         squares = ((x_t[:, None] - a[..., None] * self.means) ** 2).sum(-1)

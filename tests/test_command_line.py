@@ -375,6 +375,16 @@ def pixels(file: Path) -> np.ndarray:
         return np.asarray(image.convert("RGB"))
 
 
+def test_the_progress_bar_changes_no_picture(pipeline, student, run, monkeypatch, tmp_path):
+    """tqdm's update returns True where it redraws; as the result of a hook it would be the output."""
+    for name, update in (("a", None), ("b", lambda self, n=1: True)):
+        if update:
+            monkeypatch.setattr(sid_fm.tqdm, "update", update)
+        arguments = ["--student", student, "--sample", "a fox", "--resolution", 48, "--out", tmp_path / f"{name}.png"]
+        run(pipeline("sd3-medium"), *arguments)
+    assert (pixels(tmp_path / "a.png") == pixels(tmp_path / "b.png")).all()
+
+
 @pytest.mark.parametrize("who", ["teacher", "student"])
 def test_several_prompts_make_a_grid_and_each_image(pipeline, student, run, capsys, tmp_path, who):
     flags = ["--student", student] if who == "student" else []
