@@ -1,5 +1,6 @@
 """toy_2d.py: the derivation's claims, the measures against closed forms, and the script as a user runs it."""
 
+import copy
 import itertools
 import json
 import math
@@ -90,10 +91,39 @@ def test_step_8_holds_for_other_data(float64, data, theta):
     assert not failed(toy_2d.step_8_alpha, data=data, theta=theta)
 
 
+def the_formula(rng, alpha=1.0, weight="1-t"):
+    """Claims of the same form as a step's: sid_loss and its gradients, written out."""
+    x, phi, psi = inputs = [torch.randn(7, 3, generator=rng).requires_grad_() for _ in range(3)]
+    t = sid_fm.sample_times(7, sid_fm.SID_LAW, rng=rng)
+    loss, w, d = (
+        sid_fm.sid_loss(*inputs, t, alpha, weight),
+        sid_fm.loss_weight(weight, t, x, phi)[:, None] / 7,
+        phi - psi,
+    )
+    yield equal("loss", loss, (w * d * (phi - x - alpha * d)).sum())
+    slopes = [-w * d, w * (phi - x + (1 - 2 * alpha) * d), w * (x - phi + 2 * alpha * d)]
+    yield equal("gradients", torch.stack(torch.autograd.grad(loss, inputs)), torch.stack(slopes))
+
+
+def held_weights(rng):
+    """A claim of the same form: the generator's loss gives no gradient to teacher and fake network."""
+    teacher, reached = toy_2d.Net(), []
+    student, fake = copy.deepcopy(teacher), copy.deepcopy(teacher)
+    optimizers = [torch.optim.SGD(net.parameters(), lr=1e-3) for net in (student, fake)]
+    held = [*teacher.parameters(), *fake.parameters()]
+    optimizers[0].register_step_pre_hook(lambda *_: reached.extend(w for w in held if w.grad is not None))
+    next(sid_fm.distill(teacher, student, fake, optimizers, [(None, None)], (8, 2), rng=rng))
+    yield "no gradient reaches teacher or fake network", len(reached), 0
+
+
 @pytest.mark.parametrize("weight", sid_fm.WEIGHTS)
 def test_the_loss_is_the_formula_for_every_alpha_and_weight(float64, weight):
     for alpha in (0.0, 0.5, 1.0, 1.2):
-        assert not failed(toy_2d.step_8_sid_loss, alpha=alpha, weight=weight)
+        assert not failed(the_formula, alpha=alpha, weight=weight)
+
+
+def test_no_gradient_of_the_generators_loss_reaches_teacher_or_fake_network(float64):
+    assert not failed(held_weights)
 
 
 @pytest.mark.parametrize("noise", sid_fm.NOISES)
@@ -139,9 +169,9 @@ FAULTS = [
     (toy_2d.step_7_identity, toy_2d, "sid_loss", with_alpha),
     (toy_2d.step_8_alpha, toy_2d, "sid_loss", with_alpha),
     (toy_2d.step_8_alpha, toy_2d, "sid_loss", with_half_the_gradient),
-    (toy_2d.step_8_sid_loss, toy_2d, "sid_loss", with_alpha),
-    (toy_2d.step_8_sid_loss, toy_2d, "sid_loss", with_half_the_gradient),
-    (toy_2d.step_8_sid_loss, sid_fm, "set_trainable", lambda f: lambda optimizer, flag: f(optimizer, True)),
+    (the_formula, sid_fm, "sid_loss", with_alpha),
+    (the_formula, sid_fm, "sid_loss", with_half_the_gradient),
+    (held_weights, sid_fm, "set_trainable", lambda f: lambda optimizer, flag: f(optimizer, True)),
     (toy_2d.step_9_guidance, sid_fm, "guided", lambda f: lambda *args, guidance: f(*args, guidance=guidance + 1e-6)),
     (toy_2d.step_10_few_steps, toy_2d, "generate", scaled),
     (toy_2d.step_10_few_steps, toy_2d, "generate", detached_by_half),
@@ -390,7 +420,7 @@ def test_mixtures_are_densities_and_their_samples_follow_them(name):
 
 
 def measure_of(name="ring", samples=20_000, directions=64):
-    return toy_2d.MixtureMeasure(toy_2d.MIXTURES[name], torch.randn(samples, 2, generator=rng(1)), directions)
+    return toy_2d.MixtureMeasure(toy_2d.MIXTURES[name], samples, directions)
 
 
 def test_measure_against_closed_forms():
@@ -426,10 +456,10 @@ def test_quantiles_are_those_of_the_projected_mixture(name):
 
 def test_distillation_moves_the_student_to_the_data():
     """SiD and DMD, one step and few: from the teacher's one-step blur most of the way to the data."""
-    measure = measure_of(samples=10_000)
+    measure, z = measure_of(samples=10_000), torch.randn(10_000, 2, generator=rng(1))
 
     def w2(net, steps):
-        return measure.sample(toy_2d.student_sampler(net, steps, "fresh", 0), HIDDEN)[1]["w2"]
+        return measure.scores(toy_2d.toy_samples(net, z, steps, "fresh"))["w2"]
 
     teacher = toy_2d.toy_teacher(measure.mixture, "rf", 500, 0, HIDDEN)
     start = w2(teacher, 1)
@@ -472,7 +502,8 @@ def test_a_distilled_student_has_the_running_mean_of_its_weights(monkeypatch):
         mean = mean + 6 / (n + 6) * (value - mean)
     assert distilled.student.weight.item() == pytest.approx(mean, rel=1e-6)
     assert [*distilled.copies] == [1, 2, 3] and distilled.copies[1].weight.item() == values[0]
-    assert distilled.log == {"fisher": values, "skipped": [0.0] * 3} and distilled.fake is nets[2] and bar.n == 3
+    log = {"iteration": [0, 1, 2], "images": [4] * 3, "k": [1] * 3, "fisher": values, "skipped": [0] * 3}
+    assert distilled.log == log and distilled.fake is nets[2] and bar.n == 3
 
 
 def test_learning_rates_fall_to_a_fiftieth():
@@ -489,14 +520,20 @@ def test_learning_rates_fall_to_a_fiftieth():
 
 @pytest.mark.parametrize("path", ["trig", "vp", "ve"])
 def test_a_teacher_on_any_path_is_a_rectified_flow_network(path):
-    measure = measure_of(samples=5000, directions=32)
+    measure, z = measure_of(samples=5000, directions=32), torch.randn(5000, 2, generator=rng(1))
     teacher = toy_2d.toy_teacher(measure.mixture, path, 400, 0, HIDDEN)
-    assert measure.sample(toy_2d.euler_sampler(teacher, 16), HIDDEN)[1]["w2"] < 0.15
+    assert measure.scores(toy_2d.toy_samples(teacher, z, 16))["w2"] < 0.15
+
+
+def test_samples_of_a_teacher_are_those_of_eulers_method():
+    net, z = toy_2d.Net(), torch.randn(6, 2, generator=rng())
+    expected = sid_fm.sample_ode(net, z, times=torch.linspace(1, 0, 9))
+    torch.testing.assert_close(toy_2d.toy_samples(net, z, 8), expected)
 
 
 def test_all_outputs_are_those_of_each_number_of_steps():
     net, z = toy_2d.Net(), torch.randn(6, 2, generator=rng())
-    x = toy_2d.all_outputs_sampler(net, 3, "fixed", 0)(z)
+    x = toy_2d.toy_samples(net, z, 3, "fixed", all_outputs=True)
     for k in (1, 2, 3):
         part = slice(2 * k - 2, 2 * k)
         torch.testing.assert_close(x[part], sid_fm.generate(net, z[part], None, 3, "fixed", stop_after=k))
