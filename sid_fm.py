@@ -2272,8 +2272,7 @@ def read_captions(folder: Path) -> dict[Path, str]:
 
 
 def read_inputs(prompts: str | None, data: str | None) -> tuple[list[str], list[Path]]:
-    """Prompts of a file; or of a folder its captions, and the images; or neither. Raises BadInput.
-    """
+    """Prompts of a file; or of a folder its captions, and the images; or neither. Raises BadInput."""
     captions = read_captions(Path(data)) if data else {}
     return read_prompts(prompts) if prompts else [*captions.values()], [*captions]
 
