@@ -472,7 +472,7 @@ def distill(
     # data-aided
     warmup: tuple[int, int] = (20_000, 40_000),
 ) -> Iterator[dict]:
-    """The training loop: distils `teacher` into `student`. The caller passes student and fake
+    """The training loop: distills `teacher` into `student`. The caller passes student and fake
     network as copies of the teacher (data-aided, the student of a data-free run).
 
     optimizers: of the student and of the fake network; all weights that neither holds are frozen.
@@ -1411,7 +1411,8 @@ def fetch(repository: str, kind: re.Pattern = PIPELINE) -> Path:
     except errors as error:
         error = reason or error
         reason = [*str(error).splitlines(), type(error).__name__][0]
-        advice = "check name and network; if gated, accept its licence and log in (hf auth login); HF_HOME is the disk"
+        advice = "check the name and the network; accept a gated repository's licence on its page and log in (hf auth "
+        advice += "login, or HF_TOKEN); HF_HOME chooses another disk"
         raise BadInput(f"{repository} can't be had from the Hub ({reason}): {advice}") from None
 
 
@@ -2467,7 +2468,7 @@ def check_numbers(args: argparse.Namespace) -> None:
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     """The arguments; with --resume, those of the run's args.json unless they are given anew."""
-    about = "Distils a flow-matching teacher into a generator of a few steps (SiD-DiT), and samples from both."
+    about = "Distills a flow-matching teacher into a generator of a few steps (SiD-DiT), and samples from both."
     parser = argparse.ArgumentParser(description=about, epilog="Names: " + ", ".join(NAMES))
     parser.error = fail
     add = parser.add_argument
@@ -2605,8 +2606,7 @@ def sample(args: argparse.Namespace, teacher: Teacher) -> None:
 def evaluation_inputs(
     clip: str, device: torch.device, prompts: list[str], pictures: int, reference: str | None, seed: int
 ) -> tuple[CLIP, list[str], list[Path]]:
-    """CLIP, the prompts (the first of those given, else composed ones, as many as these pictures
-    need), and the pictures of the reference. Raises BadInput."""
+    """CLIP, prompts (given or composed) for these pictures, the reference's files. Raises BadInput."""
     count, files = -(-pictures // SEEDS), pictures_in(Path(reference)) if reference else []
     chosen = [*dict.fromkeys(prompts)][:count] or [compose(f"evaluation {seed} {i}") for i in range(count)]
     if len(chosen) < 3:
@@ -2756,7 +2756,7 @@ def sampling_command(args: argparse.Namespace, prompt: str) -> str:
 
 
 def train(args: argparse.Namespace, teacher: Teacher) -> None:
-    """Distils the teacher into a student, and shows how it goes."""
+    """Distills the teacher into a student, and shows how it goes."""
     out, (rank, world), device = Path(args.out), rank_and_world(), teacher.device
     prompts, files = read_inputs(args.prompts, args.data)
     eval_inputs = args.clip, device, prompts, args.num, args.reference, args.seed
