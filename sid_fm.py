@@ -59,7 +59,7 @@ from tqdm import tqdm
 # expectation. No ODE or SDE is needed. It follows that every quantity a network may predict is a
 # linear function of x_t and of D(x_t, t).
 
-T_END = {"rf": 1.0, "trig": math.pi / 2, "vp": 1.0, "ve": 80.0}  # vp and ve end before pure noise, a > 0
+T_END = {"rf": 1.0, "trig": math.pi / 2, "vp": 1.0, "ve": 80.0}  # vp, ve: there a > 0
 VP_BETA_MIN, VP_BETA_SLOPE = 0.1, 19.9  # the score SDE's beta(t), from 0.1 to 20
 
 
@@ -433,9 +433,9 @@ def take_step(optimizer: torch.optim.Optimizer) -> Tensor:
     if it was skipped, else 0, as a tensor on the device, where fused optimizers and Float32Adam
     (chapter 8) read it; others make the host wait."""
     weights = [w for group in optimizer.param_groups for w in group["params"]]
-    gradients = [optimizer.state[w].get("gradient", w.grad) for w in weights]  # Float32Adam's sums, if any
+    gradients = [optimizer.state[w].get("gradient", w.grad) for w in weights]  # Float32Adam's sum
     norm = torch.nn.utils.get_total_norm([gradient for gradient in gradients if gradient is not None])
-    norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # over all processes' shards
+    norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # of all shards
     skipped = (~norm.isfinite()).float()
     if optimizer.defaults.get("fused"):
         optimizer.found_inf = skipped
@@ -551,7 +551,7 @@ def distill(
             sums["loss"] += student_loss.detach()
             sums["fisher"] += weighted_mean((d_real - d_fake).detach().square(), w)
             student_loss = sid_scale * student_loss
-            if real is not None:  # with 1 - t: a cross-entropy, unlike f_phi - f_psi, has no factor t
+            if real is not None:  # with 1 - t: f_phi - f_psi has the factor t
                 adversarial = adversarial_loss(hidden, size, 1 - t)
                 sums["adversarial"] += adversarial.detach()
                 student_loss = (student_loss + adversarial) / 2 if seen >= warmup[1] else student_loss
@@ -1432,7 +1432,7 @@ def resolve(name_or_path: str | Path, kind: re.Pattern = PIPELINE) -> Path:
 
 VOCABULARIES = ("tokenizer.json", "vocab.json", "spiece.model", "tokenizer.model")
 CLIP_LENGTH = 77
-TEXT_LENGTH = {"sd3": 256, "flux": 512, "sana": 300}  # tokens of T5, T5 and Gemma, as the families' pipelines have them
+TEXT_LENGTH = {"sd3": 256, "flux": 512, "sana": 300}  # tokens of T5, T5, Gemma in the pipelines
 
 
 def find_instruction() -> str | None:
@@ -1441,7 +1441,7 @@ def find_instruction() -> str | None:
         from diffusers import SanaPipeline
 
         return "\n".join(inspect.signature(SanaPipeline.__call__).parameters["complex_human_instruction"].default)
-    except (ImportError, RuntimeError, AttributeError, KeyError, TypeError):  # absent, broken, or another version
+    except (ImportError, RuntimeError, AttributeError, KeyError, TypeError):  # or another one
         return None
 
 
@@ -1955,7 +1955,7 @@ def three_networks(
     elif not lora:
         nets = [copy.deepcopy(net) if net is teacher.dit else net for net in nets]
     recompute = recompute and device.type == "cuda"
-    if recompute:  # with cuDNN's attention this ended in an illegal memory access (H200, torch 2.11)
+    if recompute:  # cuDNN's attention then ended in an illegal memory access (H200, torch 2.11)
         torch.backends.cuda.enable_cudnn_sdp(False)
         if rank_and_world()[0] == 0:
             print("blocks are recomputed; --keep-activations is faster where memory allows", file=sys.stderr)
@@ -2060,7 +2060,7 @@ def device_memory(device: str) -> float:
 # Prompts are independent and pictures of one prompt are not, so standard errors count prompts.
 
 SEEDS = 4  # pictures of each prompt
-MEASURES = {"clip": "CLIP score", "cmmd": "CMMD to the reference", "diversity": "diversity"}  # keys of scores
+MEASURES = {"clip": "CLIP score", "cmmd": "CMMD to the reference", "diversity": "diversity"}
 
 
 def to_pixels(images: Tensor):
@@ -2085,7 +2085,7 @@ class CLIP:
         try:
             folder = resolve(name_or_folder, CLIP_MODEL)
             self.net = pretrained_network("CLIPModel", folder).to(device)
-            self.processor = from_pretrained("CLIPImageProcessor", folder)  # resizes, crops, normalises
+            self.processor = from_pretrained("CLIPImageProcessor", folder)
             self.tokenizer = from_pretrained("CLIPTokenizer", folder)
         except BadInput as error:
             raise BadInput(f"{error}, or give --clip the folder of a CLIP model") from None
@@ -2185,7 +2185,7 @@ class Evaluation:
         prompt of this process, and seconds a picture (the median over prompts)."""
         (rank, world), count, device = rank_and_world(), len(self.prompts), self.teacher.device
         embedded, shown, seconds = [], [], []
-        rounds = -(-count // world)  # the last round repeats prompts, so that all processes sample as often
+        rounds = -(-count // world)  # the last one repeats prompts: all processes sample as often
         with tqdm(total=count * SEEDS, desc=title, unit=" images", leave=False, disable=rank > 0) as bar:
             for i in ((rank + world * j) % count for j in range(rounds)):
                 own_seed = random.Random(f"{seed} {i}").getrandbits(62)
@@ -2213,7 +2213,7 @@ class Evaluation:
 # 10. Inputs and figures: prompts and pictures, encoded a stretch of a run at a time
 # ----------------------------------------------------------------------------------------------------------------------
 
-GRAMMAR = {  # what prompts are made of where no file is given: {name} stands for one of that line's choices
+GRAMMAR = {  # of prompts where no file is given: {name} is one of that line's choices
     "prompt": "{scene}|{scene}, {style}|{style} of {scene}|{thing} {place}, {light}|{lettering} {place}",
     "scene": "{thing} {place}|{several} {place}|{thing} {relation} {thing}|{thing} and {several} {place}, {light}",
     "thing": "a {quality} {object}|a {colour} {object}|a {colour} {object} made of {material}|a {quality} {colour} {object}",
@@ -2375,7 +2375,7 @@ def pyplot():
 def plot_images(file: Path, rows: dict[str, Sequence], prompts: list[str], title: str = "") -> None:
     """A grid: one row per name, one column per prompt. rows: of pixels, numpy [H, W, 3]"""
     plt = pyplot()
-    columns, scale = len(prompts), max(1, len(prompts) / 4)  # of the letters: a wide grid is shown small
+    columns, scale = len(prompts), max(1, len(prompts) / 4)  # of letters, for wide grids
     size = (2.6 * columns + 0.4, 2.6 * len(rows) + (0.8 if title else 0.4))
     figure, axes = plt.subplots(len(rows), columns, figsize=size, squeeze=False)
     for (name, images), line in zip(rows.items(), axes):
@@ -2404,7 +2404,7 @@ def plot_log(file: Path, log: list[dict]) -> None:
     }
     labels |= {"discriminator": "discriminator (log 2: tells nothing)", "adversarial": "adversarial"}
     names, measured = [name for name in labels if name in log[0]], [row for row in log if "scores" in row]
-    images, width = np.array([row["images"] for row in log]), max(1, len(log) // 20)  # width of the running mean
+    images, width = np.array([row["images"] for row in log]), max(1, len(log) // 20)
     size = (3.6 * len(names), 6 if measured else 3)
     figure, axes = plt.subplots(2 if measured else 1, len(names), figsize=size, squeeze=False)
     for ax, name in zip(axes[0], names):
@@ -2590,7 +2590,7 @@ def sample(args: argparse.Namespace, teacher: Teacher) -> None:
     shape, pictures = (len(args.sample), *teacher.latent_shape(args.resolution)), []
     z = noise_like(torch.empty(shape, device=teacher.device), torch.Generator().manual_seed(args.seed))
     with tqdm(total=len(z) * args.steps, desc="sampling", unit="step", delay=2, leave=False) as bar:
-        net.register_forward_hook(lambda *_: bar.update() and None)  # a hook's result would be the output
+        net.register_forward_hook(lambda *_: bar.update() and None)  # a hook must return None
         for i in range(len(z)):
             one = slice(i, i + 1)
             cond_one = {key: x[one] for key, x in cond.items()}
@@ -2784,7 +2784,7 @@ def train(args: argparse.Namespace, teacher: Teacher) -> None:
     if rank == 0:
         write_json(out / "args.json", vars(args))
 
-    latents, images = teacher.latent_shape(args.resolution), world * args.accumulate * args.batch  # an iteration
+    latents, per_iteration = teacher.latent_shape(args.resolution), world * args.accumulate * args.batch
     teacher_sampler = partial(teacher.sample, uncond=uncond, guidance=args.guidance)
     student_sampler = partial(generate, student, steps=args.steps, noise=args.noise)
     z = noise_like(torch.empty(len(shown), *latents, device=device), torch.Generator().manual_seed(args.seed))
@@ -2804,7 +2804,7 @@ def train(args: argparse.Namespace, teacher: Teacher) -> None:
         save_student(student, teacher, out / "student")
         save_state(out / "state", done, nets, optimizers, rng)
         if rank == 0:
-            title = f"{Path(args.teacher).name}, the student after {done * images:,} images"
+            title = f"{Path(args.teacher).name}, the student after {done * per_iteration:,} images"
             plot_images(out / f"samples-{done:06d}.png", pictures, shown, title)
             plot_log(out / "loss.png", log.rows)
 
@@ -2812,7 +2812,8 @@ def train(args: argparse.Namespace, teacher: Teacher) -> None:
     options |= {"start": first, "iters": args.iters, "accumulate": args.accumulate, "rng": rng, "uncond": uncond}
     batches, shape = inputs.batches(first, next_stretch), (args.batch, *latents)
     loop = distill(teacher.dit, student, fake, optimizers, batches, shape, **options)
-    bar = tqdm(total=args.iters * images, initial=first * images, unit=" images", unit_scale=True, disable=rank > 0)
+    before, total = first * per_iteration, args.iters * per_iteration
+    bar = tqdm(total=total, initial=before, unit=" images", unit_scale=True, disable=rank > 0)
     with signals() as caught, bar:
         for measured in loop:
             done = measured["iteration"] + 1
@@ -2822,7 +2823,7 @@ def train(args: argparse.Namespace, teacher: Teacher) -> None:
                 measured["scores"], *_ = evaluation(student_sampler, "evaluation")
                 if largest(rank == 0 and measured["scores"]["cmmd"][0] < min(log.cmmds(), default=math.inf)):
                     save_student(student, teacher, out / "student-best")
-            bar.update(images)
+            bar.update(per_iteration)
             if log.add(measured, read="scores" in measured or saves or halt):
                 bar.set_postfix_str(log.summary(), refresh=False)
             if saves:
