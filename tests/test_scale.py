@@ -424,6 +424,7 @@ def one_of_two(rank, port, lora, loss, folder):
     torch.distributed.all_reduce(losses)
     if rank == 0:
         torch.save((losses / 2, weights, images), folder / "result.pt")
+    torch.distributed.barrier()  # torch's thread may still hold `losses`, and abort as Python ends
     torch.distributed.destroy_process_group()
 
 
