@@ -551,7 +551,7 @@ def distill(
             sums["loss"] += student_loss.detach()
             sums["fisher"] += weighted_mean((d_real - d_fake).detach().square(), w)
             student_loss = sid_scale * student_loss
-            if real is not None:  # with 1 - t: f_phi - f_psi has the factor t
+            if real is not None:  # weighted by 1 - t: unlike f_phi - f_psi it has no factor t
                 adversarial = adversarial_loss(hidden, size, 1 - t)
                 sums["adversarial"] += adversarial.detach()
                 student_loss = (student_loss + adversarial) / 2 if seen >= warmup[1] else student_loss
