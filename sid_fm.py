@@ -27,6 +27,7 @@ import argparse
 import contextlib
 import copy
 import gc
+import importlib.util
 import inspect
 import itertools
 import json
@@ -973,7 +974,7 @@ class SanaDiT(Backbone):
     fed t, as are Sprint's teachers, whose timestep_scale is 0.001; SANA is fed 1000 t.
     """
 
-    FIXED: ClassVar = {"interpolation_scale": None, "norm_eps": 1e-6}
+    FIXED: ClassVar = {"norm_eps": 1e-6}
     guidance = student_guidance = 4.5
 
     def __init__(
@@ -1029,8 +1030,8 @@ class SanaDiT(Backbone):
 # 5. Autoencoders: images to latents and back
 # ----------------------------------------------------------------------------------------------------------------------
 # encode(images) -> latents, decode(latents) -> images, deterministic. images: [B, 3, H, W] in [-1,
-# 1]; latents: [B, C, H / downscale, W / downscale], before shift and scale. Arguments are
-# config.json's keys; FIXED holds its keys of one supported value, which a strict load can't notice.
+# 1]; latents: [B, C, H / downscale, W / downscale], before shift and scale. Arguments and FIXED are
+# config.json's keys, as in chapter 4; the factors are the Teacher's to apply.
 
 conv3x3 = partial(nn.Conv2d, kernel_size=3, padding=1)
 
@@ -1077,7 +1078,7 @@ class MidBlock(nn.Module):
 class AutoencoderKL(nn.Module):
     """The autoencoder of SD3, SD3.5 and FLUX. encode returns the posterior's mean, its mode."""
 
-    FIXED: ClassVar = {"act_fn": "silu", "latents_mean": None, "latents_std": None}
+    FIXED: ClassVar = {"act_fn": "silu", "in_channels": 3, "out_channels": 3, "mid_block_add_attention": True}
 
     def __init__(
         self,
@@ -1085,8 +1086,11 @@ class AutoencoderKL(nn.Module):
         layers_per_block: int = 2,
         latent_channels: int = 16,
         norm_num_groups: int = 32,
+        scaling_factor: float = 0.18215,
+        shift_factor: float = 0.0,
     ):
         super().__init__()
+        self.scaling_factor, self.shift_factor = scaling_factor, shift_factor
         dims, groups = list(block_out_channels), norm_num_groups
         self.latent_channels, self.downscale = latent_channels, 2 ** (len(dims) - 1)
         pad = nn.ZeroPad2d((0, 1, 0, 1))  # right and bottom only
@@ -1204,6 +1208,7 @@ class AutoencoderDC(nn.Module):
     """The autoencoder of SANA: DC-AE f32c32, versions 1.0 and 1.1."""
 
     FIXED: ClassVar = {
+        "in_channels": 3,
         "decoder_norm_types": "rms_norm",
         "decoder_act_fns": "silu",
         "decoder_conv_act_fn": "relu",
@@ -1223,8 +1228,10 @@ class AutoencoderDC(nn.Module):
         decoder_layers_per_block: Sequence[int] = (3, 3, 3, 3, 3, 3),
         encoder_qkv_multiscales: Sequence[Sequence[int]] = ((), (), (), (5,), (5,), (5,)),
         decoder_qkv_multiscales: Sequence[Sequence[int]] = ((), (), (), (5,), (5,), (5,)),
+        scaling_factor: float = 1.0,
     ):
         super().__init__()
+        self.scaling_factor, self.shift_factor = scaling_factor, 0.0
         self.latent_channels, self.downscale = latent_channels, 2 ** (len(encoder_block_out_channels) - 1)
 
         def block(kind: str, dim: int, kernels: Sequence[int]) -> nn.Module:
@@ -1277,6 +1284,26 @@ class BadInput(ValueError):
     """What was given can't be used. The message is one line: what is wrong and what to do."""
 
 
+@contextlib.contextmanager
+def reading(source: object, advice: str = "download it again") -> Iterator[None]:
+    """While `source` is read: whatever goes wrong becomes one line that names it, BadInput."""
+    try:
+        yield
+    except (BadInput, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # noqa: BLE001
+        reason = getattr(error, "strerror", None) or (str(error) or type(error).__name__).splitlines()[0]
+        found = "is missing" if isinstance(error, FileNotFoundError) else f"can't be read ({reason})"
+        raise BadInput(f"{source} {found}: {advice}") from None
+
+
+def check_finite(x: Tensor, part: object, advice: str = "download it again, or try --dtype fp32", error=BadInput):
+    """Returns x, which came from `part`. Raises `error`, which names it, if x is not finite."""
+    if not x.isfinite().all():
+        raise error(f"{part}: not all numbers are finite; {advice}")
+    return x
+
+
 def rank_and_world() -> tuple[int, int]:
     """This process's rank, and how many processes there are."""
     import torch.distributed as dist
@@ -1287,40 +1314,28 @@ def rank_and_world() -> tuple[int, int]:
 
 def read_text(file: Path) -> str:
     """A text file's content. Raises BadInput."""
-    try:
+    with reading(file, "a text file in UTF-8 is needed"):
         return Path(file).read_text(encoding="utf-8-sig")  # with a byte order mark or without
-    except UnicodeDecodeError as error:
-        raise BadInput(f"{file} is not UTF-8 (byte {error.start}): save it as UTF-8") from None
-    except OSError as error:
-        raise BadInput(f"cannot read {file}: {error.strerror}") from None
 
 
 def read_json(path: Path) -> dict:
     """The object in a JSON file. Raises BadInput."""
-    if not path.exists():
-        raise BadInput(f"{path} is missing: is {path.parent} a folder in the diffusers layout?")
-    try:
-        content = json.loads(read_text(path))
-    except json.JSONDecodeError:
-        content = None
-    if not isinstance(content, dict):
-        raise BadInput(f"{path} holds no valid JSON object: download it again")
-    return content
+    with reading(path, "a JSON object is needed: download it again, or give another folder"):
+        return {**json.loads(path.read_text(encoding="utf-8-sig"))}
 
 
 def read_pixels(file: Path, resolution: int | None = None):
-    """An image, or its middle square, resized. -> numpy [H, W, 3] of bytes. Raises BadInput."""
+    """An image on white, or its middle square, resized. -> numpy [H, W, 3] of bytes. Raises
+    BadInput."""
     import numpy as np
     from PIL import Image, ImageOps
 
-    try:
-        with Image.open(file) as image:
-            upright = ImageOps.exif_transpose(image).convert("RGB")
-            if resolution:
-                upright = ImageOps.fit(upright, (resolution, resolution), Image.LANCZOS)
-            return np.array(upright)
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise BadInput(f"{file} can't be read as an image ({error}): repair or remove it") from None
+    with reading(file, "repair or remove it"), Image.open(file) as image:
+        if image.mode.startswith("I"):  # 16 bits of grey
+            image = image.point(lambda grey: grey / 257).convert("L")
+        layer = ImageOps.exif_transpose(image).convert("RGBA")
+        upright = Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer).convert("RGB")
+        return np.array(ImageOps.fit(upright, (resolution, resolution), Image.LANCZOS) if resolution else upright)
 
 
 def write(file: Path, content: Callable[[Path], object]) -> None:
@@ -1357,13 +1372,10 @@ def weight_files(folder: Path, stem: str = "diffusion_pytorch_model") -> list[Pa
 
 def read_tensors(file: Path) -> dict[str, Tensor]:
     """A safetensors file's tensors, mapped: nothing is read until it is used. Raises BadInput."""
-    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    try:
+    with reading(file):
         return load_file(file)
-    except (OSError, SafetensorError) as error:
-        raise BadInput(f"{file} can't be read ({error}): download it again, or restore it") from None
 
 
 # The Hub
@@ -1418,7 +1430,7 @@ def fetch(repository: str, kind: re.Pattern = PIPELINE) -> Path:
 
 def resolve(name_or_path: str | Path, kind: re.Pattern = PIPELINE) -> Path:
     """The folder of a teacher's name, a path, or a Hub repository's id. Raises BadInput."""
-    name = str(name_or_path)
+    name = os.path.expanduser(name_or_path)
     if Path(name).is_dir():
         return Path(name)
     if name in NAMES:
@@ -1430,6 +1442,11 @@ def resolve(name_or_path: str | Path, kind: re.Pattern = PIPELINE) -> Path:
 
 # Text
 
+TEXT_ENCODERS = {  # of each family, in the order of their names: text_encoder, text_encoder_2, text_encoder_3
+    "sd3": ("CLIPTextModelWithProjection", "CLIPTextModelWithProjection", "T5EncoderModel"),
+    "flux": ("CLIPTextModel", "T5EncoderModel"),
+    "sana": ("Gemma2Model",),
+}
 VOCABULARIES = ("tokenizer.json", "vocab.json", "spiece.model", "tokenizer.model")
 CLIP_LENGTH = 77
 TEXT_LENGTH = {"sd3": 256, "flux": 512, "sana": 300}  # tokens of T5, T5, Gemma in the pipelines
@@ -1448,14 +1465,10 @@ def find_instruction() -> str | None:
 def from_pretrained(kind: str, folder: Path, **options):
     """transformers' from_pretrained, without its progress bars and advice. Raises BadInput."""
     import transformers
-    from safetensors import SafetensorError
 
     transformers.logging.set_verbosity_error(), transformers.logging.disable_progress_bar()
-    try:
+    with reading(folder, f"it should hold a {kind}; download it again"):
         return getattr(transformers, kind).from_pretrained(folder, **options)
-    except (AttributeError, OSError, RuntimeError, ValueError, SafetensorError) as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise BadInput(f"{folder} can't be loaded as {kind} ({reason}): download it again") from None
 
 
 def pretrained_network(kind: str, folder: Path, **options) -> nn.Module:
@@ -1465,6 +1478,30 @@ def pretrained_network(kind: str, folder: Path, **options) -> nn.Module:
         first = ", ".join(sorted(report["missing_keys"])[:3])
         raise BadInput(f"{folder}: the weights don't fit its config.json: missing {first}")
     return net.eval().requires_grad_(False)
+
+
+def check_text(folder: Path, family: str) -> dict[str, tuple[str, str]]:
+    """The classes of a pipeline's text encoders and their tokenizers, by the end of their names:
+    "", "_2", "_3". Raises BadInput for a part that is not as it has to be, before any is read."""
+    index, kinds = read_json(folder / "model_index.json"), {}
+    for nth, needed in zip(("", "_2", "_3"), TEXT_ENCODERS[family]):
+        names = f"text_encoder{nth}", f"tokenizer{nth}"
+        encoder, tokenizer = ((index.get(name) or [None])[-1] for name in names)
+        if nth == "_3" and encoder is None:  # SD3 without T5
+            continue
+        if encoder != needed or tokenizer is None:
+            line = f"{folder}: {names[0]} is {encoder}, and {names[1]} {tokenizer}, in model_index.json"
+            raise BadInput(f"{line}; a {needed} and its tokenizer are needed")
+        read_json(folder / names[1] / "tokenizer_config.json")
+        words = [file for file in VOCABULARIES if (folder / names[1] / file).exists()]
+        if not words:
+            raise BadInput(f"{folder / names[1]} holds none of {', '.join(VOCABULARIES)}: download it again")
+        if words[0] in VOCABULARIES[2:] and not importlib.util.find_spec("sentencepiece"):
+            raise BadInput(f"{folder / names[1]}: to read {words[0]}, pip install sentencepiece")
+        if read_json(folder / names[0] / "config.json").get("quantization_config"):
+            raise BadInput(f"{folder / names[0]} has a quantization_config: take the one that is not quantized")
+        kinds[nth] = encoder, tokenizer
+    return kinds
 
 
 class TextEncoders:
@@ -1486,22 +1523,15 @@ class TextEncoders:
         self.family, self.device, self.instruction, self.warned = family, device, instruction, set()
         self.tokenizers: dict = {}
         self.encoders: dict = {}
-        for name, part in read_json(folder / "model_index.json").items():
-            if not name.startswith(("tokenizer", "text_encoder")) or part[1] is None:
-                continue
-            source = folder / name
-            if name.startswith("tokenizer"):
-                if not any((source / file).exists() for file in VOCABULARIES):
-                    raise BadInput(f"{source} holds none of {', '.join(VOCABULARIES)}: download it again")
-                self.tokenizers[name] = from_pretrained(part[1], source)
-                self.tokenizers[name].padding_side = "right"  # Gemma's own default is left
-            else:
-                read_json(source / "config.json")
-                variant = re.search(r"(fp16|bf16)\b", weight_files(source, "model")[0].name)
-                net = pretrained_network(part[1], source, variant=variant and variant[0], dtype=dtype)
-                self.encoders[name] = net.to(device)
+        for nth, (encoder, tokenizer) in check_text(folder, family).items():
+            self.tokenizers[nth] = from_pretrained(tokenizer, folder / f"tokenizer{nth}")
+            self.tokenizers[nth].padding_side = "right"  # Gemma's own default is left
+            source = folder / f"text_encoder{nth}"
+            variant = re.search(r"(fp16|bf16)\b", weight_files(source, "model")[0].name)
+            net = pretrained_network(encoder, source, variant=variant and variant[0], dtype=dtype)
+            self.encoders[nth] = net.to(device)
         if family == "sd3":
-            self.width = read_json(folder / "transformer" / "config.json")["joint_attention_dim"]
+            self.width = read_json(folder / "transformer" / "config.json").get("joint_attention_dim", 4096)
 
     @torch.no_grad()
     def __call__(self, prompts: list[str], max_length: int | None = None) -> dict[str, Tensor]:
@@ -1512,7 +1542,7 @@ class TextEncoders:
 
     def tokenize(self, nth: str, texts: list[str], length: int) -> tuple[Tensor, Tensor]:
         """ids and mask, [B, length], for text encoder nth: "", "_2" or "_3"."""
-        tokenizer = self.tokenizers[f"tokenizer{nth}"]
+        tokenizer = self.tokenizers[nth]
         over = max(map(len, tokenizer(texts, verbose=False).input_ids)) - length
         if over > 0 and nth not in self.warned:
             warnings.warn(f"prompts are cut: text_encoder{nth} reads {length} tokens, {over} too many")
@@ -1522,13 +1552,16 @@ class TextEncoders:
 
     def states(self, nth: str, texts: list[str], length: int, **options: bool):
         """The output of text encoder nth, a CLIP or T5."""
-        return self.encoders[f"text_encoder{nth}"](self.tokenize(nth, texts, length)[0], **options)
+        output = self.encoders[nth](self.tokenize(nth, texts, length)[0], **options)
+        for x in (*output.get("hidden_states", ()), *(x for x in output.values() if isinstance(x, Tensor))):
+            check_finite(x, f"text_encoder{nth}")
+        return output
 
     def encode_sd3(self, prompts: list[str], length: int) -> dict[str, Tensor]:
         clips = [self.states(nth, prompts, CLIP_LENGTH, output_hidden_states=True) for nth in ("", "_2")]
         text = torch.cat([clip.hidden_states[-2] for clip in clips], -1)
         text = F.pad(text, (0, self.width - text.shape[-1]))
-        if "text_encoder_3" in self.encoders:
+        if "_3" in self.encoders:
             t5 = self.states("_3", prompts, length).last_hidden_state
         else:
             t5 = text.new_zeros(len(prompts), length, self.width)
@@ -1544,11 +1577,11 @@ class TextEncoders:
         prompts = [prompt.lower().strip() for prompt in prompts]
         total = length
         if self.instruction:
-            total += len(self.tokenizers["tokenizer"](self.instruction, verbose=False).input_ids) - 2
+            total += len(self.tokenizers[""](self.instruction, verbose=False).input_ids) - 2
         ids, mask = self.tokenize("", [self.instruction + prompt if prompt else "" for prompt in prompts], total)
-        states = self.encoders["text_encoder"](ids, attention_mask=mask, use_cache=False).last_hidden_state
+        states = self.encoders[""](ids, attention_mask=mask, use_cache=False).last_hidden_state
         keep = [0, *range(total - length + 1, total)]
-        return {"text": states[:, keep], "mask": mask[:, keep]}
+        return {"text": check_finite(states[:, keep], "text_encoder"), "mask": mask[:, keep]}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1563,16 +1596,52 @@ PIPELINES = {  # pipeline class: family, network, autoencoder
 }
 
 
+FREE = re.compile(  # keys of any value: they are read, or the weights' shapes follow them, or nothing does
+    "_.*|out_channels|caption_projection_dim|cross_attention(_head)?_dim|sample_size|force_upcast|"
+    "(up|down)_block_types|(up|down)sample_block_type|(flow_|base_|max_)?shift|(base|max)_image_seq_len|use_dynamic_shifting|steps_offset|"
+    "beta_(start|end|schedule)|trained_betas|solver_(order|type)|lower_order_final|euler_at_final|lambda_min_clipped|"
+    "dynamic_thresholding_ratio|sample_max_value|variance_type|timestep_spacing"
+)
+EULER, DPM, SCM = "FlowMatchEulerDiscreteScheduler", "DPMSolverMultistepScheduler", "SCMScheduler"
+FLOW = {"num_train_timesteps": 1000, "time_shift_type": "exponential"}
+SCHEDULERS = {  # keys of one supported value
+    EULER: FLOW,
+    DPM: {"use_flow_sigmas": True, "prediction_type": "flow_prediction", "algorithm_type": "dpmsolver++"}
+    | {"final_sigmas_type": "zero", "use_dynamic_shifting": False}
+    | FLOW,
+    SCM: {"num_train_timesteps": 1000, "prediction_type": "trigflow", "sigma_data": 0.5},
+}
+
+
+def check_config(name: str, config: dict, read: Iterable[str], fixed: dict) -> None:
+    """Raises BadInput for a key that would change the result unseen. `fixed` has keys of one
+    supported value; others must be read, or free, or null, or false."""
+    for key, value in config.items():
+        free = key in read or FREE.fullmatch(key) or value in (None, False)
+        if value != fixed[key] if key in fixed else not free:
+            known = fixed.get(key)
+            raise BadInput(f"{name} knows {key} = {known!r} only, and the configuration has {value!r}")
+
+
+def read_scheduler(folder: Path, pipeline: str) -> dict:
+    """A pipeline's scheduler_config.json, if it is understood with that pipeline. Raises BadInput."""
+    config = read_json(folder / "scheduler" / "scheduler_config.json")
+    name, kinds = config.get("_class_name"), {"SanaPipeline": (EULER, DPM), "SanaSprintPipeline": (SCM,)}
+    kinds = kinds.get(pipeline, (EULER,))
+    if name not in kinds:
+        raise BadInput(f"{folder / 'scheduler'} is a {name}: with a {pipeline} only {', '.join(kinds)} is understood")
+    if name == DPM:  # its own defaults
+        config = {"use_flow_sigmas": False, "prediction_type": "epsilon"} | config
+    check_config(name, config, (), SCHEDULERS[name])
+    return {key: value for key, value in config.items() if value is not None}
+
+
 def build_network(kind: type[nn.Module], config: dict) -> nn.Module:
     """A network from its config.json. Raises BadInput for what the network has no code for."""
-    for key, value in kind.FIXED.items():
-        if config.get(key, value) != value:
-            raise BadInput(f"{kind.__name__} knows {key} = {value!r} only, and the configuration has {config[key]!r}")
     accepted = inspect.signature(kind).parameters
-    try:
+    check_config(kind.__name__, config, accepted, kind.FIXED)
+    with reading(f"{kind.__name__}'s configuration"):
         net = kind(**{key: config[key] for key in accepted if config.get(key) is not None})
-    except (TypeError, ValueError) as error:
-        raise BadInput(f"{kind.__name__} can't be built from its configuration: {error}") from None
     net.config = config
     return net
 
@@ -1616,12 +1685,12 @@ class Teacher:
         self.name, self.folder, self.family = name, folder, family
         self.dit, self.vae, self.scheduler = dit, vae, scheduler
         self.device, self.dtype = next(vae.parameters()).device, next(vae.parameters()).dtype
-        self.scale = vae.config.get("scaling_factor", 1.0)
-        self.shift = vae.config.get("shift_factor") or 0.0
+        self.scale, self.shift = vae.scaling_factor, vae.shift_factor
         # The resolution that it was trained at: FLUX's network doesn't say, its autoencoder does.
         latent_size = dit.config.get("sample_size")
         self.resolution = vae.downscale * latent_size if latent_size else vae.config.get("sample_size", 1024)
-        self.steps = NAMES[name][1] if name in NAMES else {"sana": 20}.get(family, 28)
+        self.sprint = scheduler["_class_name"] == SCM  # a student that stands for a teacher
+        self.steps = NAMES[name][1] if name in NAMES else 2 if self.sprint else {"sana": 20}.get(family, 28)
         self.text = None
 
     def encode_prompts(self, prompts: list[str], max_length: int | None = None) -> dict[str, Tensor]:
@@ -1650,12 +1719,14 @@ class Teacher:
         """The descending times of the teacher's own pipeline, on the Rectified Flow path, with the
         final 0 -> [steps + 1]. With r(t) = shift t / (1 + (shift - 1) t):
 
-        SD3, SANA  r(linspace(1, r(1 / 1000), steps)), near SANA's DPM-Solver++ times
-        FLUX       r(linspace(1, 1 / steps, steps)), shift = e^mu, mu linear in the tokens
+        SD3, SANA  r(linspace(1, r(1 / 1000), steps)), also for SANA's DPM-Solver++
+        FLUX       r(linspace(1, 1 / steps, steps))
         Sprint     (students) the TrigFlow quarter circle, divided evenly, at equal SNR
+
+        Dynamic shifting: shift = e^mu, mu linear in the tokens, and SD3's times end at r(1 / 1000).
         """
-        config, shift = self.scheduler, self.scheduler.get("shift", self.scheduler.get("flow_shift", 1.0))
-        if config.get("_class_name") == "SCMScheduler":
+        config = self.scheduler
+        if self.sprint:
             u = torch.linspace(1.5708, 0, steps + 1, dtype=torch.float64)
             if steps == 2:
                 u[1] = 1.3
@@ -1664,12 +1735,13 @@ class Teacher:
         def r(t: Tensor | float) -> Tensor | float:
             return shift * t / (1 + (shift - 1) * t)
 
-        if config.get("use_dynamic_shifting"):
+        shift, dynamic = config.get("shift", config.get("flow_shift", 1.0)), config.get("use_dynamic_shifting")
+        last = 1 / steps if self.family == "flux" else 1 / 1000 if dynamic else r(1 / 1000)
+        if dynamic:
             _, h, w = self.latent_shape(resolution)
             low, high = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
             least, most = config.get("base_shift", 0.5), config.get("max_shift", 1.15)
             shift = math.exp(least + (most - least) * (h * w / 4 - low) / (high - low))
-        last = 1 / steps if self.family == "flux" else r(1 / 1000)
         t = r(torch.linspace(1, last, steps, dtype=torch.float64))
         return torch.cat([t, torch.zeros(1, dtype=torch.float64)]).float()
 
@@ -1682,25 +1754,28 @@ class Teacher:
         guidance: float = 1.0,
         rng: torch.Generator | None = None,
     ) -> Tensor:
-        """The teacher's own sampling, as its pipeline does it. z: [B, C, h, w] -> latents"""
+        """The teacher's own sampling, as its pipeline does it. z: [B, C, h, w] -> latents. Raises
+        BadInput if they are not finite."""
         times = self.times(steps or self.steps, tuple(self.vae.downscale * n for n in z.shape[-2:]))
-        if self.scheduler.get("_class_name") == "SCMScheduler":  # fresh noise between steps
+        if self.sprint:  # fresh noise between steps
             with torch.no_grad():
-                return generate(self.dit, z, cond, times=times, rng=rng)
-        return sample_ode(self.dit, z, cond, uncond, times, guidance)
+                x = generate(self.dit, z, cond, times=times, rng=rng)
+        else:
+            x = sample_ode(self.dit, z, cond, uncond, times, guidance)
+        return check_finite(x, self.folder / "transformer")
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
         """Images in [-1, 1], [B, 3, H, W], to latents [B, C, h, w]: the posterior's mode."""
         z = self.vae.encode(images.to(self.device, self.dtype))
-        return (widen(z) - self.shift) * self.scale
+        return check_finite((widen(z) - self.shift) * self.scale, self.folder / "vae")
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         """Latents [B, C, h, w] to images in about [-1, 1], [B, 3, H, W] in float32. One at a time:
         at 1024 x 1024 each takes more than a gigabyte on the way."""
         z = (latents / self.scale + self.shift).to(self.dtype)
-        return torch.cat([widen(self.vae.decode(one)) for one in z.split(1)])
+        return check_finite(torch.cat([widen(self.vae.decode(one)) for one in z.split(1)]), self.folder / "vae")
 
     def latent_shape(self, resolution: int | tuple[int, int]) -> tuple[int, int, int]:
         """(C, h, w). Raises BadInput for a resolution that the networks can't take."""
@@ -1726,16 +1801,14 @@ def load_teacher(
     pipeline = index.get("_class_name", "pipeline without a name")
     if pipeline not in PIPELINES:
         raise BadInput(f"{folder} is a {pipeline}; the pipelines known here are {', '.join(PIPELINES)}")
-    for part in (key for key, entry in index.items() if isinstance(entry, list) and entry[0]):
-        if PARTS.match(f"{part}/x.json") and not (folder / part).is_dir():
-            raise BadInput(f"{folder} lacks {part}, which its model_index.json names: download it again")
     family, backbone, autoencoder = PIPELINES[pipeline]
+    scheduler = read_scheduler(folder, pipeline)
+    check_text(folder, family)
     # Sprint's pipeline feeds its network t itself, whatever the configuration says.
     sprint = pipeline == "SanaSprintPipeline" or str(name_or_path).startswith("sana-sprint-")
     override = {"timestep_scale": 0.001} if sprint else {}
     dit = load_network(folder / "transformer", backbone, device, dtype, mapped, **override)
     vae = load_network(folder / "vae", autoencoder, device, dtype)
-    scheduler = read_json(folder / "scheduler" / "scheduler_config.json")
     return Teacher(str(name_or_path), folder, family, dit, vae, scheduler)
 
 
@@ -1744,11 +1817,13 @@ def load_student(folder_or_hub_id: str | Path, teacher: Teacher, mapped: bool = 
     either, on the teacher's device. mapped: as in load_teacher. Raises BadInput."""
     folder = resolve(folder_or_hub_id, NETWORK)
     folder = folder / "transformer" if (folder / "transformer").is_dir() else folder
-    config, expected = read_json(folder / "config.json"), teacher.dit.config
-    if config.get("_class_name") != expected["_class_name"]:
-        raise BadInput(f"{folder} is a {config.get('_class_name')}, and {teacher.name} a {expected['_class_name']}")
-    override = {"timestep_scale": expected["timestep_scale"]} if "timestep_scale" in expected else {}
-    net = load_network(folder, type(teacher.dit), teacher.device, teacher.dtype, mapped, **override)
+    config, expected, kind = read_json(folder / "config.json"), teacher.dit.config, type(teacher.dit)
+    defaults = {name: p.default for name, p in inspect.signature(kind).parameters.items()}
+    for key in ("_class_name", *(defaults.keys() - {"guidance_embeds", "timestep_scale", "sample_size"})):
+        mine, its = (defaults.get(key) if x.get(key) is None else x[key] for x in (config, expected))
+        if json.dumps(mine) != json.dumps(its):
+            raise BadInput(f"{folder} is another teacher's student: {key} is {mine}, and {teacher.name}'s {its}")
+    net = load_network(folder, kind, teacher.device, teacher.dtype, mapped)
     net.guidance = net.student_guidance
     return net
 
@@ -1848,6 +1923,9 @@ def trainable_weights(net: nn.Module) -> list[nn.Parameter]:
     return [w for m in adapters for w in (m.lora_A.weight, m.lora_B.weight)] or [*net.parameters()]
 
 
+DIVERGED = "training diverged; the last state is whole: try a smaller --lr", FloatingPointError
+
+
 def plain_weights(net: nn.Module) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """A network's tensors under the checkpoint's names, adapters merged, W + B A; and the adapters
     in the layout of diffusers' LoRA files. Of a network that processes share, the first process
@@ -1869,12 +1947,15 @@ def plain_weights(net: nn.Module) -> tuple[dict[str, Tensor], dict[str, Tensor]]
 def save_student(net: nn.Module, teacher: Teacher | None, folder: str | Path) -> None:
     """Writes a student in the diffusers layout, each file whole or not at all. Adapters are merged,
     and also written as diffusers' load_lora_weights reads them. Where processes share the network
-    all must call this. The dtype is the teacher's (the network's where teacher is None)."""
+    all must call this. The dtype is the teacher's (the network's where teacher is None). Raises
+    FloatingPointError, and writes nothing, if a weight is not finite."""
     from safetensors.torch import save_file
 
     weights, adapters = plain_weights(net)
     if rank_and_world()[0] > 0:
         return
+    for key, x in (weights | adapters).items():
+        check_finite(x, f"the student's {key}", *DIVERGED)
     folder, dtype = Path(folder), teacher.dtype if teacher else None
     folder.mkdir(parents=True, exist_ok=True)
     for name, tensors in (("pytorch_lora_weights", adapters), ("diffusion_pytorch_model", weights)):
@@ -1911,9 +1992,13 @@ def compile_blocks(net: nn.Module) -> None:
 
 
 def join(device: str) -> None:
-    """Joins the processes that torchrun started, if it did. On CUDA each has a GPU of its own."""
-    if "TORCHELASTIC_RUN_ID" in os.environ and rank_and_world()[1] == 1:
-        own = torch.device(device, int(os.environ["LOCAL_RANK"])) if device == "cuda" else None
+    """Joins the processes that torchrun or another launcher started, if any did: they are told by
+    RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT. On CUDA each has a GPU of its own."""
+    said = os.environ
+    many = {"RANK", "MASTER_ADDR", "MASTER_PORT"} <= said.keys() and int(said.get("WORLD_SIZE") or 1) > 1
+    if many and rank_and_world()[1] == 1:
+        place = int(said.get("LOCAL_RANK") or int(said["RANK"]) % max(1, torch.cuda.device_count()))
+        own = torch.device(device, place) if device == "cuda" else None
         if own:
             torch.cuda.set_device(own)
         torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if own else "gloo", device_id=own)
@@ -1973,6 +2058,15 @@ def three_networks(
 # state.json, written last, names the iteration; then the old state is deleted.
 
 
+def fingerprint(net: nn.Module) -> int:
+    """The sum of the bits of a network's weights, read as whole numbers: of all processes."""
+    kinds = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+    total = sum(local(x).view(kinds[x.itemsize]).sum(dtype=torch.int64) for x in net.state_dict().values())
+    if rank_and_world()[1] > 1:
+        torch.distributed.all_reduce(total)
+    return int(total)
+
+
 def state_of(net: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """This process's trained weights and what Float32Adam keeps behind them, not copied."""
     names, tensors = {w: name for name, w in net.named_parameters()}, {}
@@ -1984,7 +2078,8 @@ def state_of(net: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tens
 
 def save_state(folder: Path, iteration: int, nets: dict, optimizers: Iterable, rng: torch.Generator) -> None:
     """Writes a state beside the present one, which stays good until this one is whole. A network at
-    a time passes through the machine's memory. All processes must call it."""
+    a time passes through the machine's memory. All processes must call it. Raises
+    FloatingPointError if a number is not finite."""
     from safetensors.torch import save_file
 
     rank, world = rank_and_world()
@@ -1992,6 +2087,8 @@ def save_state(folder: Path, iteration: int, nets: dict, optimizers: Iterable, r
     new.mkdir(parents=True, exist_ok=True)
     for (role, net), optimizer in zip(nets.items(), optimizers):
         tensors = {key: x.cpu().contiguous() for key, x in state_of(net, optimizer).items()}
+        for key, x in tensors.items():
+            check_finite(x, f"the {role}'s {key}", *DIVERGED)
         write(new / f"{rank}-{role}.safetensors", partial(save_file, tensors | {":random": rng.get_state()}))
     if world > 1:
         torch.distributed.barrier()
@@ -2070,11 +2167,10 @@ def to_pixels(images: Tensor):
 
 @torch.no_grad()
 def sample_pixels(teacher: Teacher, sampler: Callable, z: Tensor, cond: dict, seed: int):
-    """The pictures of sampler(z, cond, rng). Raises FloatingPointError if they are not finite."""
-    images = teacher.decode(sampler(z, cond, rng=torch.Generator().manual_seed(seed)))
-    if not images.isfinite().all():
-        raise FloatingPointError("diverged: the pictures are not finite; in training, try a smaller --lr")
-    return to_pixels(images)
+    """The pictures of sampler(z, cond, rng). Raises FloatingPointError if a student's latents are
+    not finite."""
+    x = sampler(z, cond, rng=torch.Generator().manual_seed(seed))
+    return to_pixels(teacher.decode(check_finite(x, "what the student generates", *DIVERGED)))
 
 
 class CLIP:
@@ -2082,6 +2178,7 @@ class CLIP:
     or by its id on the Hub. Raises BadInput."""
 
     def __init__(self, name_or_folder: str | Path, device: str = "cpu"):
+        self.name = name_or_folder
         try:
             folder = resolve(name_or_folder, CLIP_MODEL)
             self.net = pretrained_network("CLIPModel", folder).to(device)
@@ -2098,8 +2195,8 @@ class CLIP:
         else:
             read, options = self.net.get_text_features, {"padding": True, "truncation": True, "max_length": CLIP_LENGTH}
             inputs = self.tokenizer(prompts, return_tensors="pt", **options)
-        x = read(**{key: value.to(self.net.device) for key, value in inputs.items()})
-        return F.normalize(x.pooler_output, dim=-1).cpu()
+        x = read(**{key: value.to(self.net.device) for key, value in inputs.items()}).pooler_output
+        return F.normalize(check_finite(x, self.name), dim=-1).cpu()
 
 
 def mmd(x: Tensor, y: Tensor, paired: bool = False, sigma: float = 10.0) -> tuple[float, float]:
@@ -2243,44 +2340,61 @@ def compose(key: str) -> str:
 
 def read_prompts(file: str | Path) -> list[str]:
     """The prompts of a file, one a line. Raises BadInput."""
-    prompts = [line.strip() for line in read_text(Path(file)).splitlines() if line.strip()]
+    prompts = [line.strip() for line in read_text(Path(file)).split("\n") if line.strip()]
     if not prompts:
         raise BadInput(f"{file} holds no prompt: it needs one a line")
     return prompts
 
 
-def read_captions(folder: Path) -> dict[Path, str]:
+def pictures_in(folder: Path) -> tuple[list[Path], dict[str, int]]:
+    """The images of a folder and its folders, by name, of every kind that Pillow reads; and how
+    many entries are left out, by reason (texts are not counted)."""
+    from PIL import Image
+
+    kinds = {end for end, kind in Image.registered_extensions().items() if kind in Image.OPEN}
+    files, unreadable, hidden = [], [], 0
+    for where, folders, names in os.walk(folder, onerror=unreadable.append, followlinks=True):
+        hidden += sum(name.startswith(".") for name in folders + names)
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        files += [Path(where, name) for name in names if not name.startswith(".")]
+    images = sorted(file for file in files if file.suffix.lower() in kinds)
+    others = sum(file.suffix.lower() not in {*kinds, ".txt", ".jsonl"} for file in files)
+    return images, {"of other kinds": others, "hidden": hidden, "unreadable folders": len(unreadable)}
+
+
+def say_left_out(taken: str, out: dict[str, int]) -> None:
+    """Prints what is taken in, if something else is left out."""
+    left = ", ".join(f"{count:,} {why}" for why, count in out.items() if count)
+    if left and rank_and_world()[0] == 0:
+        print(f"{taken}; left out: {left}", file=sys.stderr)
+
+
+def read_captions(folder: Path) -> list[tuple[Path, str]]:
     """Images of a folder with their captions: from metadata.jsonl (file_name, text), else from .txt
-    files of the same names. Raises BadInput."""
-    captions, index = {}, folder / "metadata.jsonl"
+    files of the same names. Says what is left out. Raises BadInput."""
+    (images, out), index = pictures_in(folder), folder / "metadata.jsonl"
+    texts = [(image, image.with_suffix(".txt")) for image in images if not index.exists()]
+    pairs = [(image, read_text(text).strip()) for image, text in texts if text.exists()]
     for number, line in enumerate(read_text(index).split("\n") if index.exists() else [], 1):
         try:
             entry = json.loads(line or "null")
-            captions |= {folder / entry["file_name"]: entry["text"].strip()} if entry else {}
+            pairs += [(folder / entry["file_name"], entry["text"].strip())] if entry else []
         except (ValueError, KeyError, TypeError, AttributeError):
             raise BadInput(f'{index}, line {number}: needs {{"file_name": ..., "text": ...}}') from None
-    for image in pictures_in(folder) if not index.exists() else []:
-        text = image.with_suffix(".txt")
-        if not text.exists():
-            raise BadInput(f"{image} has no caption: it needs {text.name} beside it, or an entry in metadata.jsonl")
-        captions[image] = read_text(text).strip()
-    for image in captions:
+    named = {image for image, _ in pairs}
+    for image in named:
         if not image.exists():
             raise BadInput(f"{image}, which {index} names, is missing")
-    if not captions:
-        raise BadInput(f"--data {folder} is no folder of images (png, jpg, webp)")
-    return captions
+    if not pairs:
+        raise BadInput(f"--data {folder} is no folder of images with captions")
+    say_left_out(f"{folder}: {len(pairs):,} images with captions", {"without": len({*images} - named)} | out)
+    return pairs
 
 
 def read_inputs(prompts: str | None, data: str | None) -> tuple[list[str], list[Path]]:
     """Prompts of a file; or of a folder its captions, and the images; or neither. Raises BadInput."""
-    captions = read_captions(Path(data)) if data else {}
-    return read_prompts(prompts) if prompts else [*captions.values()], [*captions]
-
-
-def pictures_in(folder: Path) -> list[Path]:
-    """The image files of a folder and its folders, by name."""
-    return sorted(path for path in folder.rglob("*") if path.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp"))
+    pairs = read_captions(Path(data)) if data else []
+    return read_prompts(prompts) if prompts else [text for _, text in pairs], [image for image, _ in pairs]
 
 
 @lru_cache(maxsize=2)
@@ -2434,34 +2548,52 @@ def fail(message: object, status: int = 2) -> NoReturn:
     raise SystemExit(status)
 
 
+class Stream:
+    """A standard stream that may be closed, or whose reader may go away: the rest is dropped."""
+
+    def __init__(self, stream):
+        self.stream = stream
+
+    def __getattr__(self, name: str):
+        return getattr(self.stream, name)
+
+    def write(self, text: str) -> None:
+        try:
+            self.stream.write(text), self.stream.flush()
+        except (OSError, AttributeError):
+            self.stream = open(os.devnull, "w")  # noqa: SIM115
+
+
 @contextlib.contextmanager
 def one_line_errors() -> Iterator[None]:
     """Ends a script with one line on standard error: exit status 2 for bad input, 130 for Ctrl-C, 1
     for a disk or device that is full and for a run that diverged (FloatingPointError)."""
     from safetensors import SafetensorError
 
-    try:
-        yield
-    except BadInput as error:
-        fail(error)
-    except FloatingPointError as error:
-        fail(error, status=1)
-    except KeyboardInterrupt:
-        fail("stopped: what was saved before is whole", status=130)
-    except (FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError) as error:
-        fail(f"{error.filename} can't be written ({error.strerror}): choose another --out")
-    except (OSError, SafetensorError) as error:  # a full disk is SafetensorError to safetensors
-        fail(f"{error}; what was saved before is whole", status=1)
-    except torch.OutOfMemoryError:
-        fail("the GPU's memory is full: try a smaller --batch, --lora 16, or no --keep-activations", status=1)
+    with contextlib.redirect_stdout(Stream(sys.stdout)), contextlib.redirect_stderr(Stream(sys.stderr)):
+        try:
+            yield
+        except BadInput as error:
+            fail(error)
+        except FloatingPointError as error:
+            fail(error, status=1)
+        except KeyboardInterrupt:
+            fail("stopped: what was saved before is whole", status=130)
+        except (FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError) as error:
+            fail(f"{error.filename} can't be written ({error.strerror}): choose another --out")
+        except (OSError, SafetensorError) as error:  # a full disk is SafetensorError to safetensors
+            fail(f"{error}; what was saved before is whole", status=1)
+        except torch.OutOfMemoryError:
+            fail("the GPU's memory is full: try a smaller --batch, --lora 16, or no --keep-activations", status=1)
 
 
 def check_numbers(args: argparse.Namespace) -> None:
-    """Raises BadInput for numbers that are not finite and counts below 1 (a seed may be 0)."""
+    """Raises BadInput for numbers that can't be: not finite, a rate of 0, counts below 1 (a seed may
+    be 0)."""
     for name, value in vars(args).items():
         least = 0 if name == "seed" else 1
-        if type(value) is float and not math.isfinite(value):
-            raise BadInput(f"--{name} {value}: needs a finite number")
+        if type(value) is float and not (math.isfinite(value) and (value > 0 or name != "lr")):
+            raise BadInput(f"--{name} {value}: needs a finite number{', above 0' * (name == 'lr')}")
         if type(value) is int and not least <= value < 2**63:
             raise BadInput(f"--{name.replace('_', '-')} {value}: needs a whole number, {least} or more")
 
@@ -2472,21 +2604,23 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=about, epilog="Names: " + ", ".join(NAMES))
     parser.error = fail
     add = parser.add_argument
-    add("--teacher", required=True, metavar="NAME", help="a name (below), a folder in the diffusers layout or a Hub id")
-    add("--student", metavar="FOLDER", help="a student's folder or Hub id: to sample from, or to start training from")
+    path = partial(add, type=os.path.expanduser)  # ~ is the home
+    path("--teacher", required=True, metavar="NAME", help="a name (below), a pipeline's folder or a Hub id")
+    path("--student", metavar="FOLDER", help="a student's folder or Hub id: to sample from, or to start training from")
     add("--steps", type=int, help="K of the student (4); with --sample alone, the teacher's own number")
     add("--resolution", type=int, help="pixels a side (what the teacher was trained at)")
     add("--guidance", type=float, help="classifier-free, of teacher and fake network (4.5; FLUX 1: none)")
     add("--seed", type=int, default=0, help="of prompts, their order and all noise (%(default)s)")
-    add("--out", metavar="FOLDER", help="the run's folder (runs/NAME, runs/NAME-data); with --sample, a picture's name")
+    path("--out", metavar="FOLDER", help="the run's folder (runs/NAME, runs/NAME-data); with --sample, a picture")
     add("--device", choices=("cuda", "mps", "cpu"), help="(the first of these that is there)")
     add("--dtype", choices=("bf16", "fp32"), help="of all networks (cuda bf16, else fp32)")
-    add("--instruction", metavar="FILE", help="SANA: the text that stands before every prompt")
+    path("--instruction", metavar="FILE", help="SANA: the text that stands before every prompt")
     add("--tokens", type=int, help="of T5 or Gemma (the pipeline's; the authors train SD3 with 77)")
 
     add = parser.add_argument_group("distillation").add_argument
-    add("--prompts", metavar="FILE", help="one prompt a line (composed from a small grammar)")
-    add("--data", metavar="FOLDER", help="images with captions: adds the adversarial term")
+    path = partial(add, type=os.path.expanduser)
+    path("--prompts", metavar="FILE", help="one prompt a line (composed from a small grammar)")
+    path("--data", metavar="FOLDER", help="images with captions: adds the adversarial term")
     add("--iters", type=int, default=2000, help="(%(default)s)")
     add("--batch", type=int, default=1, help="images of each process at a time (%(default)s)")
     add("--accumulate", type=int, default=4, help="batches of an update (%(default)s; the authors' 256)")
@@ -2504,11 +2638,12 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
     group = parser.add_argument_group("sampling and evaluation")
     only, add = group.add_mutually_exclusive_group().add_argument, group.add_argument
+    path = partial(add, type=os.path.expanduser)
     only("--sample", action="append", metavar="PROMPT", help="sample this; repeat for more")
     only("--evaluate", action="store_true", help="a table: the teacher's own sampler, --student at 1, 2 and 4 steps")
-    add("--reference", metavar="FOLDER", help="of pictures to be like (the teacher's own samples)")
+    path("--reference", metavar="FOLDER", help="of pictures to be like (the teacher's own samples)")
     add("--num", type=int, help=f"pictures, {SEEDS} of a prompt (500; with --evaluate-every 64)")
-    add("--clip", default="openai/clip-vit-large-patch14", metavar="NAME", help="a folder or Hub id (%(default)s)")
+    path("--clip", default="openai/clip-vit-large-patch14", metavar="NAME", help="a folder or Hub id (%(default)s)")
 
     args = parser.parse_args(argv)
     if not args.out:
@@ -2520,12 +2655,15 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def settle(args: argparse.Namespace) -> tuple[argparse.Namespace, Teacher]:
-    """Fills in the defaults that depend on the device and the teacher. Returns the settings and the
-    teacher, whose network is still in its files. Raises BadInput for what can't be."""
+def settle(args: argparse.Namespace) -> tuple[argparse.Namespace, Teacher, nn.Module | None]:
+    """Fills in the defaults that depend on the device and the networks. Returns the settings, the
+    teacher and the student, if one is given, whose networks are still in their files. Raises
+    BadInput for what can't be."""
     check_numbers(args)
     if args.evaluate and not args.student:
         raise BadInput("--evaluate measures a student: give --student FOLDER")
+    with reading("--sample", "write it in UTF-8"):
+        "".join(args.sample or ()).encode()
     if args.data and args.prompts:
         raise BadInput("--prompts and --data together: with --data the prompts are its captions")
     present = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
@@ -2537,13 +2675,15 @@ def settle(args: argparse.Namespace) -> tuple[argparse.Namespace, Teacher]:
     teacher = load_teacher(args.teacher, device, {"bf16": torch.bfloat16, "fp32": torch.float32}[dtype], mapped=True)
     if args.instruction:
         teacher.instruction = read_text(Path(args.instruction)).removesuffix("\n")
-    embedded = teacher.dit.config.get("guidance_embeds")
+    student = load_student(args.student, teacher, mapped=True) if args.student else None
+    embedded = teacher.family == "flux" or teacher.dit.config.get("guidance_embeds")
+    size = (student or teacher.dit).config.get("sample_size")
     images = args.iters * args.batch * args.accumulate * rank_and_world()[1]
     decided = {
         "device": device,
         "dtype": dtype,
         "steps": args.steps or (4 if args.student or not args.sample else teacher.steps),
-        "resolution": args.resolution or teacher.resolution,
+        "resolution": args.resolution or (teacher.vae.downscale * size if size else teacher.resolution),
         "guidance": (1.0 if embedded else 4.5) if args.guidance is None else args.guidance,
         "lr": (5e-6 if teacher.family == "sana" else 1e-6) * (10 if args.lora else 1) if args.lr is None else args.lr,
         "num": args.num or (500 if args.evaluate else 64),
@@ -2551,7 +2691,7 @@ def settle(args: argparse.Namespace) -> tuple[argparse.Namespace, Teacher]:
         "warmup": getattr(args, "warmup", (min(20_000, images // 10), min(40_000, images // 5))),
     }
     teacher.latent_shape(decided["resolution"])
-    return argparse.Namespace(**(vars(args) | decided)), teacher
+    return argparse.Namespace(**(vars(args) | decided)), teacher, student
 
 
 def say_memory(teacher: Teacher, parts: dict[str, float]) -> None:
@@ -2567,7 +2707,7 @@ def say_memory(teacher: Teacher, parts: dict[str, float]) -> None:
         print(line, file=sys.stderr)
 
 
-def sample(args: argparse.Namespace, teacher: Teacher) -> None:
+def sample(args: argparse.Namespace, teacher: Teacher, student: nn.Module | None) -> None:
     """--sample: pictures of prompts, by the teacher's own sampler or by a student."""
     from PIL import Image
 
@@ -2578,11 +2718,13 @@ def sample(args: argparse.Namespace, teacher: Teacher) -> None:
     if out.is_dir() or out.suffix.lower() != ".png":
         raise BadInput(f"--out {out}: with --sample it is the name of a picture, a .png")
     out.parent.mkdir(parents=True, exist_ok=True)
-    net = load_student(args.student, teacher, mapped=True) if args.student else teacher.dit
+    net = student or teacher.dit
     say_memory(teacher, {"weights": sum(w.numel() for w in net.parameters()) * teacher.dtype.itemsize})
     cond = teacher.encode_prompts(args.sample, args.tokens)
     sampler = partial(generate, net, steps=args.steps, noise=args.noise)
-    if not args.student:
+    if not student:
+        if teacher.scheduler["_class_name"] == DPM:
+            print(f"{teacher.name}'s DPM-Solver++ is taken as Euler's method on shifted times", file=sys.stderr)
         uncond = teacher.encode_prompts([""], args.tokens)
         sampler = partial(teacher.sample, uncond=uncond, steps=args.steps, guidance=args.guidance)
     teacher.forget_text()
@@ -2607,7 +2749,8 @@ def evaluation_inputs(
     clip: str, device: torch.device, prompts: list[str], pictures: int, reference: str | None, seed: int
 ) -> tuple[CLIP, list[str], list[Path]]:
     """CLIP, prompts (given or composed) for these pictures, the reference's files. Raises BadInput."""
-    count, files = -(-pictures // SEEDS), pictures_in(Path(reference)) if reference else []
+    count, (files, out) = -(-pictures // SEEDS), pictures_in(Path(reference)) if reference else ([], {})
+    say_left_out(f"{reference}: {len(files):,} images", out)
     chosen = [*dict.fromkeys(prompts)][:count] or [compose(f"evaluation {seed} {i}") for i in range(count)]
     if len(chosen) < 3:
         raise BadInput(f"an evaluation needs 3 prompts or more ({3 * SEEDS} pictures), not {len(chosen)}")
@@ -2616,12 +2759,11 @@ def evaluation_inputs(
     return CLIP(clip, device), chosen, files
 
 
-def evaluate(args: argparse.Namespace, teacher: Teacher) -> None:
+def evaluate(args: argparse.Namespace, teacher: Teacher, student: nn.Module) -> None:
     """--evaluate: measures the teacher's own sampler, and a student at 1, 2, 4 steps."""
     out, (given, _) = Path(args.out), read_inputs(args.prompts, args.data)
     inputs = args.clip, teacher.device, given, args.num, args.reference, args.seed
     clip, prompts, reference = evaluation_inputs(*inputs)
-    student = load_student(args.student, teacher, mapped=True)
     say_memory(teacher, {"weights": 2 * sum(w.numel() for w in student.parameters()) * teacher.dtype.itemsize})
     out.mkdir(parents=True, exist_ok=True)
     uncond, cond = (encode(teacher, some, args.tokens) for some in ([""], prompts))
@@ -2700,9 +2842,10 @@ class Log:
 
 @contextlib.contextmanager
 def signals() -> Iterator[list[int]]:
-    """Appends the first Ctrl-C or SIGTERM to a list, which is checked after each iteration. The
-    second one ends the process; not under torchrun, which passes on signals that its processes have
-    already, and kills them 30 seconds later itself."""
+    """Appends the first Ctrl-C, SIGTERM or SIGHUP (the terminal closes; unless it is ignored, as
+    under nohup) to a list, which is checked after each iteration. The second one ends the process;
+    not under torchrun, which passes on signals that its processes have already, and kills them 30
+    seconds later itself."""
     caught: list[int] = []
 
     def catch(number: int, frame: object) -> None:
@@ -2711,7 +2854,9 @@ def signals() -> Iterator[list[int]]:
             signal.signal(number, former[number])
             signal.raise_signal(number)
 
-    former = {number: signal.signal(number, catch) for number in (signal.SIGINT, signal.SIGTERM)}
+    hangup = getattr(signal, "SIGHUP", signal.SIGTERM)
+    ignored = {hangup} if signal.getsignal(hangup) == signal.SIG_IGN else set()
+    former = {x: signal.signal(x, catch) for x in {signal.SIGINT, signal.SIGTERM, hangup} - ignored}
     try:
         yield caught
     finally:
@@ -2755,14 +2900,13 @@ def sampling_command(args: argparse.Namespace, prompt: str) -> str:
     return shlex.join(["python", "sid_fm.py", *student, *options, "--sample", prompt])
 
 
-def train(args: argparse.Namespace, teacher: Teacher) -> None:
+def train(args: argparse.Namespace, teacher: Teacher, start: nn.Module | None) -> None:
     """Distills the teacher into a student, and shows how it goes."""
     out, (rank, world), device = Path(args.out), rank_and_world(), teacher.device
     prompts, files = read_inputs(args.prompts, args.data)
     eval_inputs = args.clip, device, prompts, args.num, args.reference, args.seed
     clip, eval_prompts, reference = evaluation_inputs(*eval_inputs) if args.evaluate_every else (None, [], [])
-    start = load_student(args.student, teacher, mapped=True) if args.student else teacher.dit
-    say_memory(teacher, training_memory(teacher, args.lora, args.accumulate, bool(args.student)))
+    say_memory(teacher, training_memory(teacher, args.lora, args.accumulate, bool(start)))
     first = begin_run(out, args)
 
     # Prompts become conditions, and the text encoders leave, before the networks are on the device.
@@ -2774,15 +2918,20 @@ def train(args: argparse.Namespace, teacher: Teacher) -> None:
 
     # Three networks, two optimizers, and the source of random numbers: the state of the run.
     torch.manual_seed(args.seed)  # of the adapters' first weights
+    start = start or teacher.dit
     student, fake = three_networks(teacher, start, args.lora, not args.keep_activations, args.compile)
+    origin = {"teacher": fingerprint(teacher.dit), "student": fingerprint(student)}
     adam, nets = partial(Float32Adam, lr=args.lr, accumulate=args.accumulate > 1), {"student": student, "fake": fake}
     optimizers = [adam(trainable_weights(net)) for net in nets.values()]
     rng = SharedGenerator(device).manual_seed(args.seed)
     rng.rank, rng.world = rank, world
     if first:
         load_state(out / "state", nets, optimizers, rng)
+        for role, x in getattr(args, "origin", origin).items():
+            if origin[role] != x:
+                raise BadInput(f"--resume: the {role} that the run began with had other weights: restore them")
     if rank == 0:
-        write_json(out / "args.json", vars(args))
+        write_json(out / "args.json", vars(args) | {"origin": origin})
 
     latents, per_iteration = teacher.latent_shape(args.resolution), world * args.accumulate * args.batch
     teacher_sampler = partial(teacher.sample, uncond=uncond, guidance=args.guidance)
@@ -2840,8 +2989,8 @@ def train(args: argparse.Namespace, teacher: Teacher) -> None:
 def main(argv: list[str] | None = None) -> None:
     warnings.formatwarning = lambda message, *_, **__: f"{message}\n"
     with one_line_errors():
-        args, teacher = settle(parse(argv))
-        (sample if args.sample else evaluate if args.evaluate else train)(args, teacher)
+        args, *networks = settle(parse(argv))
+        (sample if args.sample else evaluate if args.evaluate else train)(args, *networks)
         if rank_and_world()[1] > 1:
             torch.distributed.destroy_process_group()
 

@@ -272,7 +272,9 @@ answer = [str(teacher.folder.relative_to(os.getcwd())), nothing, attempt("sd3-me
     hub.asked.clear()
     snapshot, *errors = session(folder, code, **settings)
     assert first[0] / snapshot == Path(first[1]["folder"]) and not hub.asked
-    for (status, line), said in zip(errors, ("gated/teacher can't be had .*check .* the network", "lacks vae")):
+    for (status, line), said in zip(
+        errors, ("gated/teacher can't be had .*check .* the network", "vae/config.json is missing")
+    ):
         assert status == 2 and line.count("\n") == 1 and re.search(said, line)
 
 
