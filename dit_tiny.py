@@ -3,6 +3,7 @@
     python dit_tiny.py                train a teacher, distill it, print a table, plot figures
     python dit_tiny.py --quick        the same in one minute, less well
     python dit_tiny.py --arch sana    with SANA's network; --arch flux with FLUX's
+    python dit_tiny.py --places       what guidance does in each of its three places, a table
 
 Networks, losses, training loop and samplers are sid_fm.py's; toy_2d.py has the function that
 distills a student. Chapters: pictures and captions; reading pictures back; networks and latents;
@@ -358,13 +359,19 @@ def load_or_train_teacher(args: argparse.Namespace) -> nn.Module:
     return net
 
 
-def caption_batches(seed: int, device: str, data: bool = False) -> Iterator[tuple[dict, Tensor | None]]:
-    """Yields captions without end; with data=True also the latents of pictures that show them."""
+def caption_batches(seed: int, device: str, data: bool = False) -> Iterator[tuple[dict, tuple[Tensor, dict] | None]]:
+    """Yields captions without end; with data=True also the latents of other pictures and theirs."""
     rng = torch.Generator().manual_seed(seed)
+
+    def captions(scenes: Scenes) -> dict[str, Tensor]:
+        return encode_text(write_captions(scenes), device)
+
     while True:
-        scenes = sample_scenes(BATCH_SIZE, rng)
-        real = encode_pictures(render(scenes)).to(device) if data else None
-        yield encode_text(write_captions(scenes), device), real
+        cond, real = captions(sample_scenes(BATCH_SIZE, rng)), None
+        if data:
+            scenes = sample_scenes(BATCH_SIZE, rng)
+            real = encode_pictures(render(scenes)).to(device), captions(scenes)
+        yield cond, real
 
 
 def tiny_students(args: argparse.Namespace, teacher: nn.Module) -> list[Distilled]:
@@ -562,6 +569,48 @@ def run_tiny(args: argparse.Namespace) -> None:
     print(f"  {notes['seconds']:.0f} s in all; weights, results.json and figures are in {args.out}")
 
 
+def study_places(args: argparse.Namespace) -> None:
+    """Distills one-step students with guidance in training the fake network, in the fake network
+    and in the teacher of the generator's loss, by three seeds each. Prints medians and ranges."""
+    teacher, g, seeds = load_or_train_teacher(args), args.guidance, range(args.seed, args.seed + 3)
+    measure, columns = PictureMeasure(args.samples, args.seed, args.device), ("all", "frechet", "diversity")
+    places = {  # (2505.12674) calls some of them by name
+        "nowhere": (1, 1, 1),
+        "in all three (long and short)": (g, g, g),
+        "training of the fake network": (g, 1, 1),
+        "loss, fake network": (1, g, 1),
+        "loss, teacher": (1, 1, g),
+        "loss, both": (1, g, g),
+        "zero-CFG": (0, 0, 1),
+        "anti-CFG": (-1, -1, 1),
+    }
+
+    def scores(bar: tqdm, guidance: tuple, seed: int) -> list[float]:
+        options = {"weight": args.weight, "uncond": encode_text([""], args.device), "guidance": guidance, "steps": 1}
+        nets, batches = (copy.deepcopy(teacher), copy.deepcopy(teacher)), caption_batches(seed + 1, args.device)
+        shape = (BATCH_SIZE, *LATENT)
+        try:
+            run = distill_student(teacher, *nets, ONE_STEP_RATES, batches, shape, args.iters, seed, bar, **options)
+        except FloatingPointError:
+            return [math.nan] * len(columns)
+        _, row = measure.sample(measure.few_step(run.student, 1, "fresh"), args.samples, tqdm(disable=True))
+        return [row[name][0] for name in columns]
+
+    runs = {f"{name}, seed {i}": {"guidance": three, "seed": i} for name, three in places.items() for i in seeds}
+    results = run_jobs({name: (args.iters, partial(scores, **options)) for name, options in runs.items()})
+    sid_fm.write_json(args.out / "places.json", {"args": vars(args), "columns": columns, "results": results})
+    print(f"\n{'guidance':31}{'the three':>15}{'accuracy, %':>24}{'Frechet distance':>24}{'diversity, bits':>24}")
+    for name, three in places.items():
+        line = f"{name:31}{', '.join(f'{x:g}' for x in three):>15}"
+        for j, (scale, digits) in enumerate(((100, 1), (1, 3), (1, 2))):
+            low, middle, high = (
+                f"{scale * x:.{digits}f}" for x in sorted(results[f"{name}, seed {i}"][j] for i in seeds)
+            )
+            line += f"{f'{middle} ({low} to {high})':>24}"
+        print(line)
+    print(f"one-step students, {args.iters} iterations; medians and ranges of three seeds, {args.samples} samples each")
+
+
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.error = sid_fm.fail
@@ -573,20 +622,22 @@ def parse() -> argparse.Namespace:
     # The authors' 1 - t hardly sees the little noise that a student leaves in a picture.
     add("--weight", choices=sid_fm.WEIGHTS, default="1/t^2", help="w(t) of the SiD or DMD loss (%(default)s)")
     add("--noise", choices=sid_fm.NOISES, default="fresh", help="between the student's steps (%(default)s)")
-    add("--guidance", type=float, default=1.0, help="of the teacher, and in distillation (%(default)s)")
+    add("--guidance", type=float, help="of the teacher, and in distillation (1; with --places 2.5)")
     add("--lora", type=int, metavar="RANK", help="train low-rank adapters on the teacher")
     add("--quick", action="store_true", help="a short run, one minute")
+    add("--places", action="store_true", help="what guidance does in each of its three places, 20 minutes")
     add("--device", choices=("cpu", "cuda"), default="cpu", help="of the networks (%(default)s)")
     add("--teacher-iters", type=int, help="of the teacher's training (4500; with --quick 700)")
-    add("--iters", type=int, help="of distillation (1800; with --quick 120)")
-    add("--samples", type=int, help="in a row of the table (4000; with --quick 200)")
+    add("--iters", type=int, help="of distillation (1800; with --quick 120, with --places 500)")
+    add("--samples", type=int, help="in a row of the table (4000; with --quick 200, with --places 1000)")
     add("--seed", type=int, default=0, help="fixes everything (%(default)s)")
     add("--out", type=Path, default=Path("runs/dit_tiny"), help="folder of weights and figures (%(default)s)")
     args = parser.parse_args()
     sid_fm.check_numbers(args)
     args.teacher_iters = args.teacher_iters or (700 if args.quick else 4500)
-    args.iters = args.iters or (120 if args.quick else 1800)
-    args.samples = args.samples or (200 if args.quick else 4000)
+    args.iters = args.iters or (120 if args.quick else 500 if args.places else 1800)
+    args.samples = args.samples or (200 if args.quick else 1000 if args.places else 4000)
+    args.guidance = (2.5 if args.places else 1.0) if args.guidance is None else args.guidance
     return args
 
 
@@ -601,7 +652,7 @@ def main() -> None:
         if args.lora:  # a rank that is too large is refused before the teacher is trained
             sid_fm.adapt(tiny_network(args.arch, args.seed), args.lora)
         args.out.mkdir(parents=True, exist_ok=True)
-        run_tiny(args)
+        (study_places if args.places else run_tiny)(args)
 
 
 if __name__ == "__main__":

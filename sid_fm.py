@@ -452,16 +452,17 @@ def distill(
     student: nn.Module,
     fake: nn.Module,
     optimizers: tuple[torch.optim.Optimizer, torch.optim.Optimizer],
-    batches: Iterable[tuple[dict | None, Tensor | None]],
+    batches: Iterable[tuple[dict | None, tuple[Tensor, dict | None] | None]],
     shape: tuple[int, ...],
     *,
     # the method
     steps: int = 4,
+    times: Tensor | None = None,
     loss: str = "sid",
     alpha: float = 1.0,
     weight: str = "1-t",
     noise: str = "fresh",
-    guidance: float = 1.0,
+    guidance: float | Sequence[float] = 1.0,
     uncond: dict | None = None,
     law: tuple[float, float] | None = SID_LAW,
     sid_scale: float = 100.0,
@@ -469,32 +470,38 @@ def distill(
     start: int = 0,
     iters: int = 1000,
     accumulate: int = 1,
+    fake_updates: int = 1,
     rng: torch.Generator | None = None,
     # data-aided
+    discriminator_scale: float = 1.0,
     warmup: tuple[int, int] = (20_000, 40_000),
 ) -> Iterator[dict]:
     """The training loop: distills `teacher` into `student`. The caller passes student and fake
     network as copies of the teacher (data-aided, the student of a data-free run).
 
     optimizers: of the student and of the fake network; all weights that neither holds are frozen.
-    batches yields (cond, real): a dict of tensors or None; and None or, data-aided, clean samples
-    x_0 of that cond. An update follows the mean loss of `accumulate` of them. Runs iterations start
-    to iters - 1, while batches last. shape: of a batch, (B, ...). law: of the times of both losses.
-    guidance: in the fake network's training and for both networks of the generator's loss; the
-    generator runs without. sid_scale: of the generator's loss, which keeps its gradient above
-    Adam's eps and weighs it against the adversarial term. rng: the source of all noise and times;
+    batches yields (cond, real): a dict of tensors or None; and None or, data-aided, (x_0, its own
+    cond), clean samples. An update follows the mean loss of `accumulate` new ones. An iteration is
+    `fake_updates` updates of the fake network and one of the generator. Runs iterations start to
+    iters - 1, while batches last. shape: of a batch, (B, ...). times: of generation, as in
+    `generate`, in place of `steps`. law: of the times of both losses. guidance: a number, or three:
+    in the fake network's training, of the fake network and of the teacher in the generator's loss;
+    the generator runs without. sid_scale: of the generator's loss, which keeps its gradient above
+    Adam's eps and weighs it against the adversarial term; discriminator_scale: of the
+    discriminator's loss against the fake network's own. rng: the source of all noise and times;
     its seed fixes k. warmup: the generator waits for warmup[0] images, and sees L_alpha alone until
     warmup[1].
 
     Yields after each iteration a dict of tensors on the device: loss (L_alpha or DMD's), fisher
     (L1, the number to watch: it estimates the Fisher divergence once the fake network keeps up, and
-    is 0 at first, when that is the teacher), fake_loss, skipped (of the two updates), data-aided
+    is 0 at first, when that is the teacher), fake_loss, skipped (of all updates), data-aided
     discriminator (a mean per logit: log 2 is chance) and adversarial (times C H W); and the numbers
-    iteration, images (of all processes) and k. With fused optimizers the host never waits for the
-    device. Raises ValueError for an unknown choice.
+    iteration, images (generated for the generator's updates, by all processes) and k. With fused
+    optimizers the host never waits for the device. Raises ValueError for an unknown choice.
     """
     for what, name, choices in (("loss", loss, LOSSES), ("weight", weight, WEIGHTS), ("noise", noise, NOISES)):
         check_choice(what, name, choices)
+    in_training, of_fake, of_teacher = guidance if isinstance(guidance, Sequence) else [guidance] * 3
     student_optimizer, fake_optimizer = optimizers
     for net in (teacher, student, fake):
         net.requires_grad_(False)
@@ -503,63 +510,67 @@ def distill(
     template = torch.empty(shape, device=weights.device, dtype=torch.promote_types(weights.dtype, torch.float32))
     size = template[0].numel()  # C H W
     images = shape[0] * accumulate * getattr(rng, "world", 1)  # of an iteration
-    batches = iter(batches)
+    steps, times = (steps, None) if times is None else (len(times) - 1, times.cpu())
+    sample, batches = partial(generate, student, steps=steps, noise=noise, times=times, rng=rng), iter(batches)
 
     for iteration in range(start, iters):
-        parts = list(itertools.islice(batches, accumulate))
-        if len(parts) < accumulate:
+        parts = list(itertools.islice(batches, (fake_updates + 1) * accumulate))
+        if len(parts) < (fake_updates + 1) * accumulate:
             return
+        *fake_parts, student_parts = (parts[i : i + accumulate] for i in range(0, len(parts), accumulate))
         # The k-th output of a K-step run, k uniform: their mixture is matched to the teacher.
         k = sample_k(steps, iteration, rng)
-        sums: dict = defaultdict(float)  # of the parts' measurements
+        means: dict = defaultdict(float)  # of the parts' measurements
+        skipped, aided = 0.0, parts[0][1] is not None
 
         # 1. The fake network learns the generator's distribution: flow matching on its samples,
         #    with the guided output, since that is what the generator's loss compares.
         set_trainable(fake_optimizer, True)
-        for i, (cond, real) in enumerate(parts, 1):
-            with torch.no_grad():
-                x_g = generate(student, noise_like(template, rng), cond, steps, noise, stop_after=k, rng=rng)
-            e, t = noise_like(template, rng), sample_times(shape[0], law, rng=rng).to(template)
-            x_t = add_noise(x_g, e, t)
-            v, hidden = guided(fake, x_t, t, cond, uncond, guidance, features=real is not None)
-            fake_loss = flow_matching_loss(v, x_g, e, t)
-            sums["fake_loss"] += fake_loss.detach()
-            if real is not None:  # it also learns to tell generated samples from real ones
-                _, hidden_real = fake(add_noise(real, noise_like(real, rng), t), t, cond, features=True)
-                discriminator = discriminator_loss(hidden_real, hidden, size)
-                sums["discriminator"] += discriminator.detach() / size
-                fake_loss = fake_loss + discriminator
-            backward(fake_loss / accumulate, fake, last=i == accumulate)
-        skipped = take_step(fake_optimizer)
+        for some in fake_parts:
+            for i, (cond, real) in enumerate(some, 1):
+                with torch.no_grad():
+                    x_g = sample(noise_like(template, rng), cond, stop_after=k)
+                e, t = noise_like(template, rng), sample_times(shape[0], law, rng=rng).to(template)
+                x_t = add_noise(x_g, e, t)
+                v, hidden = guided(fake, x_t, t, cond, uncond, in_training, features=aided)
+                fake_loss = flow_matching_loss(v, x_g, e, t)
+                means["fake_loss"] += fake_loss.detach() / len(fake_parts) / accumulate
+                if aided:  # it also learns to tell generated samples from real ones
+                    x_0, real_cond = real  # at the same noise and times, which lowers the variance
+                    _, hidden_real = fake(add_noise(x_0, e, t), t, real_cond, features=True)
+                    discriminator = discriminator_loss(hidden_real, hidden, size)
+                    means["discriminator"] += discriminator.detach() / size / len(fake_parts) / accumulate
+                    fake_loss = fake_loss + discriminator_scale * discriminator
+                backward(fake_loss / accumulate, fake, last=i == accumulate)
+            skipped = skipped + take_step(fake_optimizer)
         set_trainable(fake_optimizer, False)
 
         # 2. The generator follows L_alpha. psi and phi are constants: the gradient flows through
         # x_g and through x_t, the input of both networks.
         seen = iteration * images
-        waits = parts[0][1] is not None and seen < warmup[0]
-        for i, (cond, real) in enumerate(parts, 1):
-            x_g = generate(student, noise_like(template, rng), cond, steps, noise, stop_after=k, rng=rng)
+        waits = aided and seen < warmup[0]
+        for i, (cond, _) in enumerate(student_parts, 1):
+            x_g = sample(noise_like(template, rng), cond, stop_after=k)
             e, t = noise_like(template, rng), sample_times(shape[0], law, rng=rng).to(template)
             x_t = add_noise(x_g, e, t)
-            v_real, _ = guided(teacher, x_t, t, cond, uncond, guidance)
-            v_fake, hidden = guided(fake, x_t, t, cond, uncond, guidance, features=real is not None)
+            v_real, _ = guided(teacher, x_t, t, cond, uncond, of_teacher)
+            v_fake, hidden = guided(fake, x_t, t, cond, uncond, of_fake, features=aided)
             d_real, d_fake = (x_t - match_dims(t, x_t) * v for v in (v_real, v_fake))  # f_phi, f_psi
             w = loss_weight(weight, t, x_g, d_real)
             if loss == "sid":
                 student_loss = sid_loss(x_g, d_real, d_fake, t, alpha, w)
             else:
                 student_loss = dmd_loss(x_g, d_real, d_fake, t, w)
-            sums["loss"] += student_loss.detach()
-            sums["fisher"] += weighted_mean((d_real - d_fake).detach().square(), w)
+            means["loss"] += student_loss.detach() / accumulate
+            means["fisher"] += weighted_mean((d_real - d_fake).detach().square(), w) / accumulate
             student_loss = sid_scale * student_loss
-            if real is not None:  # weighted by 1 - t: unlike f_phi - f_psi it has no factor t
+            if aided:  # weighted by 1 - t: unlike f_phi - f_psi it has no factor t
                 adversarial = adversarial_loss(hidden, size, 1 - t)
-                sums["adversarial"] += adversarial.detach()
+                means["adversarial"] += adversarial.detach() / accumulate
                 student_loss = (student_loss + adversarial) / 2 if seen >= warmup[1] else student_loss
             if not waits:
                 backward(student_loss / accumulate, student, last=i == accumulate)
         skipped = skipped if waits else skipped + take_step(student_optimizer)
-        means = {name: total / accumulate for name, total in sums.items()}
         yield {"iteration": iteration, "images": seen + images, "k": k, **means, "skipped": skipped}
 
 
@@ -1076,7 +1087,8 @@ class MidBlock(nn.Module):
 
 
 class AutoencoderKL(nn.Module):
-    """The autoencoder of SD3, SD3.5 and FLUX. encode returns the posterior's mean, its mode."""
+    """The autoencoder of SD3, SD3.5 and FLUX. encode returns the posterior's mean, its mode, and
+    posterior its mean and standard deviation."""
 
     FIXED: ClassVar = {"act_fn": "silu", "in_channels": 3, "out_channels": 3, "mid_block_add_attention": True}
 
@@ -1122,8 +1134,12 @@ class AutoencoderKL(nn.Module):
             conv_out=conv3x3(dims[0], 3),
         )
 
+    def posterior(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        mean, log_variance = self.encoder(images).chunk(2, dim=1)
+        return mean, (log_variance.clamp(-30, 20) / 2).exp()
+
     def encode(self, images: Tensor) -> Tensor:
-        return self.encoder(images).chunk(2, dim=1)[0]  # mean, log variance
+        return self.posterior(images)[0]
 
     def decode(self, latents: Tensor) -> Tensor:
         return self.decoder(latents)
@@ -1205,7 +1221,7 @@ class GatedConv(MixFFN):
 
 
 class AutoencoderDC(nn.Module):
-    """The autoencoder of SANA: DC-AE f32c32, versions 1.0 and 1.1."""
+    """The autoencoder of SANA: DC-AE f32c32, versions 1.0 and 1.1. Its posterior is a point."""
 
     FIXED: ClassVar = {
         "in_channels": 3,
@@ -1265,6 +1281,10 @@ class AutoencoderDC(nn.Module):
             act=nn.ReLU(),
             conv_out=conv3x3(dims[0], 3),
         )
+
+    def posterior(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        z = self.encoder(images)
+        return z, torch.zeros_like(z)
 
     def encode(self, images: Tensor) -> Tensor:
         return self.encoder(images)
@@ -1467,7 +1487,7 @@ def from_pretrained(kind: str, folder: Path, **options):
     import transformers
 
     transformers.logging.set_verbosity_error(), transformers.logging.disable_progress_bar()
-    with reading(folder, f"it should hold a {kind}; download it again"):
+    with reading(folder, f"it should hold what transformers calls {kind}; download it again"):
         return getattr(transformers, kind).from_pretrained(folder, **options)
 
 
@@ -1598,9 +1618,9 @@ PIPELINES = {  # pipeline class: family, network, autoencoder
 
 FREE = re.compile(  # keys of any value: they are read, or the weights' shapes follow them, or nothing does
     "_.*|out_channels|caption_projection_dim|cross_attention(_head)?_dim|sample_size|force_upcast|"
-    "(up|down)_block_types|(up|down)sample_block_type|(flow_|base_|max_)?shift|(base|max)_image_seq_len|use_dynamic_shifting|steps_offset|"
-    "beta_(start|end|schedule)|trained_betas|solver_(order|type)|lower_order_final|euler_at_final|lambda_min_clipped|"
-    "dynamic_thresholding_ratio|sample_max_value|variance_type|timestep_spacing"
+    "(up|down)_block_types|(up|down)sample_block_type|(flow_|base_|max_)?shift|(base|max)_image_seq_len|"
+    "use_dynamic_shifting|beta_(start|end|schedule)|trained_betas|solver_(order|type)|lower_order_final|euler_at_final|"
+    "lambda_min_clipped|dynamic_thresholding_ratio|sample_max_value|variance_type|timestep_spacing|steps_offset"
 )
 EULER, DPM, SCM = "FlowMatchEulerDiscreteScheduler", "DPMSolverMultistepScheduler", "SCMScheduler"
 FLOW = {"num_train_timesteps": 1000, "time_shift_type": "exponential"}
@@ -1701,13 +1721,13 @@ class Teacher:
 
     @cached_property
     def instruction(self) -> str:
-        """The text before SANA's prompts: diffusers', if that is installed, or one that is set."""
-        if self.family != "sana":
-            return ""
-        found = find_instruction()
+        """The text before SANA's prompts: diffusers', if that is installed, or one that is set.
+        Raises BadInput."""
+        found = find_instruction() if self.family == "sana" else ""
         if found is None:
-            warnings.warn("SANA's prompts go in bare: for its instruction install diffusers, or give a file of it")
-        return found or ""
+            advice = "install diffusers, which has it, or give --instruction FILE, or --instruction none"
+            raise BadInput(f"SANA was trained with an instruction before every prompt: {advice}")
+        return found
 
     def forget_text(self) -> None:
         """Frees the text encoders' memory."""
@@ -1723,7 +1743,8 @@ class Teacher:
         FLUX       r(linspace(1, 1 / steps, steps))
         Sprint     (students) the TrigFlow quarter circle, divided evenly, at equal SNR
 
-        Dynamic shifting: shift = e^mu, mu linear in the tokens, and SD3's times end at r(1 / 1000).
+        With dynamic shifting, shift = e^mu, mu linear in the tokens, and SD3's linspace ends at
+        1 / 1000.
         """
         config = self.scheduler
         if self.sprint:
@@ -1765,10 +1786,16 @@ class Teacher:
         return check_finite(x, self.folder / "transformer")
 
     @torch.no_grad()
+    def posterior(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Images in [-1, 1], [B, 3, H, W], to the mean and standard deviation of their latents,
+        [B, C, h, w]. Raises BadInput if they are not finite."""
+        mean, deviation = map(widen, self.vae.posterior(images.to(self.device, self.dtype)))
+        found = (mean - self.shift) * self.scale, deviation * self.scale
+        return tuple(check_finite(x, self.folder / "vae") for x in found)
+
     def encode(self, images: Tensor) -> Tensor:
         """Images in [-1, 1], [B, 3, H, W], to latents [B, C, h, w]: the posterior's mode."""
-        z = self.vae.encode(images.to(self.device, self.dtype))
-        return check_finite((widen(z) - self.shift) * self.scale, self.folder / "vae")
+        return self.posterior(images)[0]
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
@@ -1797,10 +1824,12 @@ def load_teacher(
     mapped: its network's weights stay in their files until to_device(teacher.dit, device, dtype).
     Raises BadInput for networks that don't fit their configuration, before weights are read."""
     folder = resolve(name_or_path)
-    index = read_json(folder / "model_index.json")
-    pipeline = index.get("_class_name", "pipeline without a name")
+    if not (folder / "model_index.json").exists():
+        raise BadInput(f"{folder}: model_index.json is missing, so it is no pipeline; a student goes with --student")
+    pipeline = read_json(folder / "model_index.json").get("_class_name", "pipeline without a name")
     if pipeline not in PIPELINES:
-        raise BadInput(f"{folder} is a {pipeline}; the pipelines known here are {', '.join(PIPELINES)}")
+        line = f"{folder} is a {pipeline}; the pipelines known here are {', '.join(PIPELINES)}"
+        raise BadInput(f"{line}; a student (SiD...Pipeline) goes with --student, beside its teacher")
     family, backbone, autoencoder = PIPELINES[pipeline]
     scheduler = read_scheduler(folder, pipeline)
     check_text(folder, family)
@@ -1821,9 +1850,10 @@ def load_student(folder_or_hub_id: str | Path, teacher: Teacher, mapped: bool = 
     defaults = {name: p.default for name, p in inspect.signature(kind).parameters.items()}
     for key in ("_class_name", *(defaults.keys() - {"guidance_embeds", "timestep_scale", "sample_size"})):
         mine, its = (defaults.get(key) if x.get(key) is None else x[key] for x in (config, expected))
+        mine = mine.removesuffix("WithEncoder") if key == "_class_name" else mine  # data-aided, of the authors
         if json.dumps(mine) != json.dumps(its):
             raise BadInput(f"{folder} is another teacher's student: {key} is {mine}, and {teacher.name}'s {its}")
-    net = load_network(folder, kind, teacher.device, teacher.dtype, mapped)
+    net = load_network(folder, kind, teacher.device, teacher.dtype, mapped, _class_name=expected["_class_name"])
     net.guidance = net.student_guidance
     return net
 
@@ -2024,13 +2054,13 @@ def shard(net: nn.Module, device: str, dtype: torch.dtype) -> nn.Module:
 
 
 def three_networks(
-    teacher: Teacher, start: nn.Module, lora: int | None, recompute: bool = False, compiled: bool = False
+    teacher: Teacher, start: nn.Module | None, lora: int | None, recompute: bool = False, compiled: bool = False
 ) -> tuple[nn.Module, nn.Module]:
-    """The student, from `start`, and the fake network, from the teacher's network: copies, or
-    adapters of rank `lora` on the very weights. These and the teacher's network go to its device;
-    of many processes each holds its part of them. recompute: blocks, on a GPU."""
+    """The student, from `start` or the teacher, and the fake network, from the teacher's network:
+    copies, or adapters of rank `lora` on the very weights. These and the teacher's network go to
+    its device; of many processes each holds its part of them. recompute: blocks, on a GPU."""
     device, many = teacher.device, rank_and_world()[1] > 1
-    nets = [start, teacher.dit]
+    nets = [start or teacher.dit, teacher.dit]
     for net in set() if many else {*nets}:
         to_device(net, device, teacher.dtype)
     if lora:
@@ -2074,6 +2104,13 @@ def state_of(net: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tens
         entries = {"": w.detach()} | {f":{key}": x for key, x in optimizer.state[w].items()}
         tensors |= {f"{names[w]}{key}": local(x) for key, x in entries.items()}
     return tensors
+
+
+def check_origin(origin: dict[str, int], former: dict[str, int]) -> None:
+    """Compares the fingerprints of what a run stands on with those of its beginning. Raises BadInput."""
+    for role, x in former.items():
+        if origin[role] != x:
+            raise BadInput(f"--resume: the {role} that the run began with had other weights: restore them")
 
 
 def save_state(folder: Path, iteration: int, nets: dict, optimizers: Iterable, rng: torch.Generator) -> None:
@@ -2181,9 +2218,9 @@ class CLIP:
         self.name = name_or_folder
         try:
             folder = resolve(name_or_folder, CLIP_MODEL)
-            self.net = pretrained_network("CLIPModel", folder).to(device)
-            self.processor = from_pretrained("CLIPImageProcessor", folder)
-            self.tokenizer = from_pretrained("CLIPTokenizer", folder)
+            self.net = pretrained_network("AutoModel", folder).to(device)
+            self.processor = from_pretrained("AutoImageProcessor", folder)
+            self.tokenizer = from_pretrained("AutoTokenizer", folder)
         except BadInput as error:
             raise BadInput(f"{error}, or give --clip the folder of a CLIP model") from None
 
@@ -2397,26 +2434,31 @@ def read_inputs(prompts: str | None, data: str | None) -> tuple[list[str], list[
     return read_prompts(prompts) if prompts else [text for _, text in pairs], [image for image, _ in pairs]
 
 
-@lru_cache(maxsize=2)
-def epoch_order(total: int, seed: int, epoch: int) -> list[int]:
+@lru_cache(maxsize=4)
+def epoch_order(total: int, seed: str, epoch: int) -> list[int]:
     """The order in which an epoch goes through `total` items."""
     return random.Random(f"{seed} {epoch}").sample(range(total), total)
 
 
-def encode(
-    teacher: Teacher, prompts: list[str], tokens: int | None = None, images: Sequence[Path] = (), resolution: int = 0
-) -> dict[str, Tensor]:
-    """Conditions of prompts, and as "x_0" the latents of images, a row each, in host memory."""
-    rows, title = [], {"desc": "encoding", "unit": "prompt", "leave": False, "delay": 1}
-    with tqdm(total=len(prompts), disable=rank_and_world()[0] > 0, **title) as bar:
-        for some in (slice(i, i + BATCH) for i in range(0, len(prompts), BATCH)):
-            row = teacher.encode_prompts(prompts[some], tokens)
-            if images:
-                pixels = torch.stack([torch.from_numpy(read_pixels(file, resolution)) for file in images[some]])
-                row["x_0"] = teacher.encode(pixels.permute(0, 3, 1, 2) / 127.5 - 1)
-            rows.append({key: x.cpu() for key, x in row.items()})
-            bar.update(len(prompts[some]))
+def encode(items: Sequence, encoder: Callable[[Sequence], dict[str, Tensor]]) -> dict[str, Tensor]:
+    """What `encoder` makes of some items at a time, a row each, in host memory."""
+    rows, title = [], {"desc": "encoding", "leave": False, "delay": 1}
+    with tqdm(total=len(items), disable=rank_and_world()[0] > 0, **title) as bar:
+        for some in (items[i : i + BATCH] for i in range(0, len(items), BATCH)):
+            rows.append({key: x.cpu() for key, x in encoder(some).items()})
+            bar.update(len(some))
     return {key: torch.cat([row[key] for row in rows]) for key in (rows[0] if rows else ())}
+
+
+def text_encoder(teacher: Teacher, tokens: int | None) -> Callable[[list[str]], dict[str, Tensor]]:
+    """The function from prompts to cond, at this number of tokens."""
+    return lambda prompts: teacher.encode_prompts(prompts, tokens)
+
+
+def encode_images(teacher: Teacher, resolution: int, files: Sequence[Path]) -> dict[str, Tensor]:
+    """The mean and the standard deviation of the latents of images, cropped to squares."""
+    pixels = torch.stack([torch.from_numpy(read_pixels(file, resolution)) for file in files])
+    return dict(zip(("mean", "deviation"), teacher.posterior(pixels.permute(0, 3, 1, 2) / 127.5 - 1)))
 
 
 class Inputs:
@@ -2424,53 +2466,86 @@ class Inputs:
     host memory; each process encodes what it takes, or once all that fits into one stretch.
 
     prompts: all, or none: then the grammar composes one for every sample of the run. images: files
-    that the prompts are captions of, or none. batch and accumulate are sizes.
+    that the prompts are captions of, or none. batch, accumulate and fake_updates are numbers of the
+    loop: its updates take new prompts each, and those of the fake network new images besides.
     """
 
-    def __init__(self, teacher: Teacher, prompts: list, images: list, batch: int, accumulate: int, seed: int):
-        self.teacher, self.prompts, self.images, self.seed = teacher, prompts, images, seed
-        self.batch, self.accumulate, self.rows, self.encoded = batch, accumulate, {}, {}
-        self.length, self.stretch = max(8, -(-STRETCH // (batch * accumulate))), -1  # in iterations
-        self.once = 0 < len(prompts) <= self.length * batch * accumulate
+    def __init__(
+        self,
+        teacher: Teacher,
+        prompts: list,
+        images: list,
+        batch: int,
+        accumulate: int,
+        seed: int,
+        fake_updates: int = 1,
+    ):
+        self.teacher, self.prompts, self.images, self.batch, self.seed = teacher, prompts, images, batch, seed
+        self.fake_parts, self.all_parts = fake_updates * accumulate, (fake_updates + 1) * accumulate
+        self.length, self.stretch = max(8, -(-STRETCH // (batch * self.all_parts))), -1  # in iterations
+        self.once = 0 < len(prompts) <= self.length * batch * self.all_parts
 
-    def parts(self, iteration: int) -> list[list[int]]:
-        """The batches that this process takes in an iteration: indices of prompts, each once an
-        epoch. Where prompts are composed, item n is the n-th sample of the run."""
+    def take(self, first: int, count: int, order: str = "") -> list[list[int]]:
+        """The share of this process of batches first, first + 1, ... of the run: indices of prompts,
+        each once an epoch. Where prompts are composed, item n is the n-th sample of the run."""
         (rank, world), total = rank_and_world(), len(self.prompts)
-        first = [((iteration * self.accumulate + i) * world + rank) * self.batch for i in range(self.accumulate)]
-        parts = [range(place, place + self.batch) for place in first]
+        places = [((first + i) * world + rank) * self.batch for i in range(count)]
+        parts = [range(place, place + self.batch) for place in places]
         if not total:
             return [[*part] for part in parts]
-        return [[epoch_order(total, self.seed, place // total)[place % total] for place in part] for part in parts]
+        return [[epoch_order(total, f"{self.seed}{order}", n // total)[n % total] for n in part] for part in parts]
+
+    def parts(self, iteration: int) -> list[list[int]]:
+        """The prompts of an iteration: the fake network's batches, then the generator's."""
+        return self.take(iteration * self.all_parts, self.all_parts)
+
+    def real_parts(self, iteration: int) -> list[list[int]]:
+        """The images of an iteration, with captions of their own: the fake network's batches."""
+        return self.take(iteration * self.fake_parts, self.fake_parts, " images") if self.images else []
 
     def prepare(self, iteration: int, iters: int, tokens: int | None, resolution: int) -> None:
         """Encodes the stretch that contains `iteration`, and frees the text encoders."""
         self.stretch = iteration // self.length
         stretch = range(self.stretch * self.length, min((self.stretch + 1) * self.length, iters))
-        items = range(len(self.prompts)) if self.once else [i for n in stretch for part in self.parts(n) for i in part]
-        self.rows, self.encoded = {item: row for row, item in enumerate(dict.fromkeys(items))}, {}
-        prompts = [self.prompts[i] if self.prompts else compose(f"{self.seed} {i}") for i in self.rows]
-        images = [self.images[i] for i in self.rows] if self.images else []
-        self.encoded = encode(self.teacher, prompts, tokens, images, resolution)
+        texts, images = ([i for n in stretch for part in f(n) for i in part] for f in (self.parts, self.real_parts))
+        if self.once:
+            texts, images = range(len(self.prompts)), range(len(self.images))
+        texts, images = [*dict.fromkeys([*texts, *images])], [*dict.fromkeys(images)]
+        self.cond = self.latents = {}
+        prompts = [self.prompts[i] if self.prompts else compose(f"{self.seed} {i}") for i in texts]
+        cond = encode(prompts, text_encoder(self.teacher, tokens))
         self.teacher.forget_text()
-        size = sum(x.nbytes for x in self.encoded.values())
+        latents = encode([self.images[i] for i in images], partial(encode_images, self.teacher, resolution))
+        self.cond = {item: {key: x[row] for key, x in cond.items()} for row, item in enumerate(texts)}
+        self.latents = {item: {key: x[row] for key, x in latents.items()} for row, item in enumerate(images)}
+        size = sum(x.nbytes for x in (*cond.values(), *latents.values()))
         if size > 1e8 and rank_and_world()[0] == 0:
             print(f"{len(prompts):,} prompts at a time take {size / 1e9:.2g} GB of host memory", file=sys.stderr)
 
-    def batches(self, start: int, next_stretch: Callable[[int], None]) -> Iterator[tuple[dict, Tensor | None]]:
-        """(cond, real) on the device, from iteration `start` on. next_stretch(iteration) has to
-        call prepare."""
+    def pick(self, encoded: dict[int, dict[str, Tensor]], items: list[int]) -> dict[str, Tensor]:
+        """What was encoded of these items, on the device."""
         device = self.teacher.device
+        rows = {key: torch.stack([encoded[item][key] for item in items]) for key in encoded[items[0]]}
+        if device.type == "cuda":  # from pinned memory the host need not wait for the copy
+            rows = {key: x.pin_memory() for key, x in rows.items()}
+        return {key: x.to(device, non_blocking=device.type == "cuda") for key, x in rows.items()}
+
+    def batches(self, start: int, next_stretch: Callable[[int], None]) -> Iterator[tuple[dict, tuple | None]]:
+        """(cond, real) on the device, from iteration `start` on. real: with images (x_0, its own
+        cond), x_0 sampled from the autoencoder's posterior; None for the generator's batches.
+        next_stretch(iteration) has to call prepare."""
+        rng = SharedGenerator(self.teacher.device)
+        rng.rank, rng.world = rank_and_world()
         for iteration in itertools.count(start):
             if iteration // self.length != self.stretch and not self.once:
                 next_stretch(iteration)
-            for part in self.parts(iteration):
-                cond = {key: x[[self.rows[item] for item in part]] for key, x in self.encoded.items()}
-                if device.type == "cuda":  # from pinned memory the host need not wait for the copy
-                    cond = {key: x.pin_memory() for key, x in cond.items()}
-                cond = {key: x.to(device, non_blocking=device.type == "cuda") for key, x in cond.items()}
-                real = cond.pop("x_0", None)
-                yield cond, real
+            rng.manual_seed(random.Random(f"{self.seed} posterior {iteration}").getrandbits(62))
+            for part, real in itertools.zip_longest(self.parts(iteration), self.real_parts(iteration)):
+                if real is not None:
+                    latents = self.pick(self.latents, real)
+                    x_0 = latents["mean"] + latents["deviation"] * noise_like(latents["mean"], rng)
+                    real = x_0, self.pick(self.cond, real)
+                yield self.pick(self.cond, part), real
 
 
 def pyplot():
@@ -2592,10 +2667,12 @@ def check_numbers(args: argparse.Namespace) -> None:
     be 0)."""
     for name, value in vars(args).items():
         least = 0 if name == "seed" else 1
-        if type(value) is float and not (math.isfinite(value) and (value > 0 or name != "lr")):
-            raise BadInput(f"--{name} {value}: needs a finite number{', above 0' * (name == 'lr')}")
+        flag, rate = "--" + name.replace("_", "-"), name in ("lr", "fake_lr")
+        for x in value if isinstance(value, list) else [value]:
+            if type(x) is float and not (math.isfinite(x) and (x > 0 or not rate)):
+                raise BadInput(f"{flag} {x}: needs a finite number{', above 0' * rate}")
         if type(value) is int and not least <= value < 2**63:
-            raise BadInput(f"--{name.replace('_', '-')} {value}: needs a whole number, {least} or more")
+            raise BadInput(f"{flag} {value}: needs a whole number, {least} or more")
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -2609,12 +2686,15 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     path("--student", metavar="FOLDER", help="a student's folder or Hub id: to sample from, or to start training from")
     add("--steps", type=int, help="K of the student (4); with --sample alone, the teacher's own number")
     add("--resolution", type=int, help="pixels a side (what the teacher was trained at)")
-    add("--guidance", type=float, help="classifier-free, of teacher and fake network (4.5; FLUX 1: none)")
+    three = "classifier-free (4.5; FLUX 1: none): one number, or three: in the fake network's training, of the fake "
+    three += "network and of the teacher in the generator's loss"
+    add("--guidance", type=float, nargs="+", metavar="G", help=three)
+    add("--embedded-guidance", type=float, help="FLUX: of teacher and fake network (3.5); its students' is 1")
     add("--seed", type=int, default=0, help="of prompts, their order and all noise (%(default)s)")
     path("--out", metavar="FOLDER", help="the run's folder (runs/NAME, runs/NAME-data); with --sample, a picture")
     add("--device", choices=("cuda", "mps", "cpu"), help="(the first of these that is there)")
     add("--dtype", choices=("bf16", "fp32"), help="of all networks (cuda bf16, else fp32)")
-    path("--instruction", metavar="FILE", help="SANA: the text that stands before every prompt")
+    path("--instruction", metavar="FILE", help="SANA: the text before every prompt (diffusers'); none: no text")
     add("--tokens", type=int, help="of T5 or Gemma (the pipeline's; the authors train SD3 with 77)")
 
     add = parser.add_argument_group("distillation").add_argument
@@ -2626,6 +2706,10 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--accumulate", type=int, default=4, help="batches of an update (%(default)s; the authors' 256)")
     add("--lora", type=int, metavar="RANK", help="train low-rank adapters on one frozen copy")
     add("--lr", type=float, help="(1e-6, SANA 5e-6; with --lora ten times that)")
+    add("--fake-lr", type=float, help="of the fake network (--lr)")
+    add("--fake-updates", type=int, default=1, metavar="N", help="of the fake network an iteration (%(default)s)")
+    add("--sid-scale", type=float, default=100.0, help="of the SiD or DMD loss (%(default)s)")
+    add("--discriminator-scale", type=float, default=1.0, help="of the discriminator's loss, with --data (%(default)s)")
     add("--loss", choices=LOSSES, default="sid", help="of the generator (%(default)s)")
     add("--alpha", type=float, default=1.0, help="of the SiD loss (%(default)s)")
     add("--weight", choices=WEIGHTS, default="1-t", help="w(t) of the SiD or DMD loss (%(default)s)")
@@ -2639,16 +2723,20 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     group = parser.add_argument_group("sampling and evaluation")
     only, add = group.add_mutually_exclusive_group().add_argument, group.add_argument
     path = partial(add, type=os.path.expanduser)
-    only("--sample", action="append", metavar="PROMPT", help="sample this; repeat for more")
+    only(
+        "--sample", action="append", metavar="PROMPT", help="sample this; repeat for more; @FILE: its lines, into --out"
+    )
     only("--evaluate", action="store_true", help="a table: the teacher's own sampler, --student at 1, 2 and 4 steps")
     path("--reference", metavar="FOLDER", help="of pictures to be like (the teacher's own samples)")
     add("--num", type=int, help=f"pictures, {SEEDS} of a prompt (500; with --evaluate-every 64)")
     path("--clip", default="openai/clip-vit-large-patch14", metavar="NAME", help="a folder or Hub id (%(default)s)")
 
     args = parser.parse_args(argv)
+    numbered = args.sample and any(x.startswith("@") for x in args.sample)
     if not args.out:
-        kind = "-evaluation" if args.evaluate else "-data" if args.data else ""
-        args.out = "sample.png" if args.sample else f"runs/{Path(args.teacher).resolve().name}{kind}"
+        kind = "-samples" if numbered else "-evaluation" if args.evaluate else "-data" if args.data else ""
+        folder = f"runs/{Path(args.teacher).resolve().name}{kind}"
+        args.out = "sample.png" if args.sample and not numbered else folder
     if args.resume and (Path(args.out) / "args.json").is_file():
         former = read_json(Path(args.out) / "args.json") | {"out": args.out}
         args = parser.parse_args(argv, argparse.Namespace(**former))
@@ -2673,10 +2761,19 @@ def settle(args: argparse.Namespace) -> tuple[argparse.Namespace, Teacher, nn.Mo
     join(device)
     dtype = args.dtype or ("bf16" if device == "cuda" else "fp32")
     teacher = load_teacher(args.teacher, device, {"bf16": torch.bfloat16, "fp32": torch.float32}[dtype], mapped=True)
-    if args.instruction:
-        teacher.instruction = read_text(Path(args.instruction)).removesuffix("\n")
+    text = args.instruction  # SANA's own is looked for now, before a run begins
+    text = teacher.instruction if not text else "" if text == "none" else read_text(Path(text)).removesuffix("\n")
+    teacher.instruction = text
+    embeds = teacher.dit.config.get("guidance_embeds")
+    if args.embedded_guidance is not None:
+        if not embeds:
+            raise BadInput(f"--embedded-guidance: {teacher.name} has no guidance embedding: give --guidance")
+        teacher.dit.guidance = args.embedded_guidance
     student = load_student(args.student, teacher, mapped=True) if args.student else None
-    embedded = teacher.family == "flux" or teacher.dit.config.get("guidance_embeds")
+    guidance = args.guidance if isinstance(args.guidance, list) else [args.guidance]
+    guidance = [1.0 if embeds or teacher.family == "flux" else 4.5] if guidance == [None] else guidance
+    if len(guidance) not in (1, 3):
+        raise BadInput("--guidance: one number, or three")
     size = (student or teacher.dit).config.get("sample_size")
     images = args.iters * args.batch * args.accumulate * rank_and_world()[1]
     decided = {
@@ -2684,7 +2781,8 @@ def settle(args: argparse.Namespace) -> tuple[argparse.Namespace, Teacher, nn.Mo
         "dtype": dtype,
         "steps": args.steps or (4 if args.student or not args.sample else teacher.steps),
         "resolution": args.resolution or (teacher.vae.downscale * size if size else teacher.resolution),
-        "guidance": (1.0 if embedded else 4.5) if args.guidance is None else args.guidance,
+        "guidance": guidance[0] if len(guidance) == 1 else guidance,
+        "teacher_guidance": guidance[-1],
         "lr": (5e-6 if teacher.family == "sana" else 1e-6) * (10 if args.lora else 1) if args.lr is None else args.lr,
         "num": args.num or (500 if args.evaluate else 64),
         # the authors' waiting times, or a tenth and a fifth of the images of a shorter run
@@ -2708,40 +2806,51 @@ def say_memory(teacher: Teacher, parts: dict[str, float]) -> None:
 
 
 def sample(args: argparse.Namespace, teacher: Teacher, student: nn.Module | None) -> None:
-    """--sample: pictures of prompts, by the teacher's own sampler or by a student."""
+    """--sample: pictures of prompts, by the teacher's own sampler or by a student. Those of a file's
+    lines, @FILE, are numbered in a folder; prompts are encoded a stretch at a time."""
     from PIL import Image
 
     if rank_and_world()[0] > 0:  # one process samples
         return
-    out = Path(args.out)
-    out = out if out.suffix or out.is_dir() else out.with_suffix(".png")
-    if out.is_dir() or out.suffix.lower() != ".png":
+    device, out, numbered = teacher.device, Path(args.out), any(x.startswith("@") for x in args.sample)
+    lines = [read_prompts(os.path.expanduser(x[1:])) if x.startswith("@") else [x] for x in args.sample]
+    prompts = [*itertools.chain(*lines)]
+    out = out if numbered or out.suffix or out.is_dir() else out.with_suffix(".png")
+    if numbered and (out.is_file() or out.suffix.lower() == ".png"):
+        raise BadInput(f"--out {out}: with --sample @FILE it is a folder")
+    if not numbered and (out.is_dir() or out.suffix.lower() != ".png"):
         raise BadInput(f"--out {out}: with --sample it is the name of a picture, a .png")
-    out.parent.mkdir(parents=True, exist_ok=True)
+    (out if numbered else out.parent).mkdir(parents=True, exist_ok=True)
     net = student or teacher.dit
     say_memory(teacher, {"weights": sum(w.numel() for w in net.parameters()) * teacher.dtype.itemsize})
-    cond = teacher.encode_prompts(args.sample, args.tokens)
-    sampler = partial(generate, net, steps=args.steps, noise=args.noise)
+    sampler, encoder = partial(generate, net, steps=args.steps, noise=args.noise), text_encoder(teacher, args.tokens)
     if not student:
         if teacher.scheduler["_class_name"] == DPM:
             print(f"{teacher.name}'s DPM-Solver++ is taken as Euler's method on shifted times", file=sys.stderr)
-        uncond = teacher.encode_prompts([""], args.tokens)
-        sampler = partial(teacher.sample, uncond=uncond, steps=args.steps, guidance=args.guidance)
-    teacher.forget_text()
-    to_device(net, teacher.device, teacher.dtype)
-    shape, pictures = (len(args.sample), *teacher.latent_shape(args.resolution)), []
-    z = noise_like(torch.empty(shape, device=teacher.device), torch.Generator().manual_seed(args.seed))
-    with tqdm(total=len(z) * args.steps, desc="sampling", unit="step", delay=2, leave=False) as bar:
+        uncond = {key: x.to(device) for key, x in encoder([""]).items()}
+        sampler = partial(teacher.sample, uncond=uncond, steps=args.steps, guidance=args.teacher_guidance)
+    elif teacher.family == "sana":
+        how = "after" if teacher.instruction else "without"
+        print(f"prompts go in {how} the instruction; the authors' students' own pipeline has none", file=sys.stderr)
+    rng, pictures = torch.Generator().manual_seed(args.seed), []
+    template = torch.empty(1, *teacher.latent_shape(args.resolution), device=device)
+    with tqdm(total=len(prompts) * args.steps, desc="sampling", unit="step", delay=2, leave=False) as bar:
         net.register_forward_hook(lambda *_: bar.update() and None)  # a hook must return None
-        for i in range(len(z)):
-            one = slice(i, i + 1)
-            cond_one = {key: x[one] for key, x in cond.items()}
-            pictures += [*sample_pixels(teacher, sampler, z[one], cond_one, args.seed + 1)]
-            file = out if len(z) == 1 else out.with_stem(f"{out.stem}-{i + 1}")
-            write(file, partial(Image.fromarray(pictures[i]).save, format="PNG"))
+        for i in range(len(prompts)):
+            if i % STRETCH == 0:
+                net.to("cpu") if i else None
+                cond = encode(prompts[i : i + STRETCH], encoder)
+                teacher.forget_text()
+                to_device(net, device, teacher.dtype)
+            one = {key: x[[i % STRETCH]].to(device) for key, x in cond.items()}
+            pixels = sample_pixels(teacher, sampler, noise_like(template, rng), one, args.seed + 1)[0]
+            file = out / f"{i + 1:05d}.png" if numbered else out.with_stem(f"{out.stem}-{i + 1}")
+            file = out if len(prompts) == 1 and not numbered else file
+            write(file, partial(Image.fromarray(pixels).save, format="PNG"))
             print(file)
-    if len(z) > 1:
-        plot_images(out, {f"{'student' if args.student else 'teacher'}, {args.steps} steps": pictures}, args.sample)
+            pictures += [] if numbered else [pixels]
+    if len(pictures) > 1:
+        plot_images(out, {f"{'student' if args.student else 'teacher'}, {args.steps} steps": pictures}, prompts)
         print(out)
 
 
@@ -2766,13 +2875,13 @@ def evaluate(args: argparse.Namespace, teacher: Teacher, student: nn.Module) -> 
     clip, prompts, reference = evaluation_inputs(*inputs)
     say_memory(teacher, {"weights": 2 * sum(w.numel() for w in student.parameters()) * teacher.dtype.itemsize})
     out.mkdir(parents=True, exist_ok=True)
-    uncond, cond = (encode(teacher, some, args.tokens) for some in ([""], prompts))
+    uncond, cond = (encode(some, text_encoder(teacher, args.tokens)) for some in ([""], prompts))
     uncond = {key: x.to(teacher.device) for key, x in uncond.items()}
     teacher.forget_text()
     for net in (teacher.dit, student):
         to_device(net, teacher.device, teacher.dtype)
     latent_shape = teacher.latent_shape(args.resolution)
-    teacher_sampler = partial(teacher.sample, uncond=uncond, guidance=args.guidance)
+    teacher_sampler = partial(teacher.sample, uncond=uncond, guidance=args.teacher_guidance)
     evaluation = Evaluation(teacher, clip, prompts, cond, latent_shape, args.seed, teacher_sampler, reference)
     samplers = {("teacher", teacher.steps): teacher_sampler}
     for n in sorted({1, 2, 4, args.steps}):
@@ -2900,6 +3009,10 @@ def sampling_command(args: argparse.Namespace, prompt: str) -> str:
     return shlex.join(["python", "sid_fm.py", *student, *options, "--sample", prompt])
 
 
+SETTINGS = ("steps", "loss", "alpha", "weight", "noise", "guidance", "sid_scale", "discriminator_scale", "warmup")
+SETTINGS += ("iters", "accumulate", "fake_updates")  # of the loop
+
+
 def train(args: argparse.Namespace, teacher: Teacher, start: nn.Module | None) -> None:
     """Distills the teacher into a student, and shows how it goes."""
     out, (rank, world), device = Path(args.out), rank_and_world(), teacher.device
@@ -2911,30 +3024,28 @@ def train(args: argparse.Namespace, teacher: Teacher, start: nn.Module | None) -
 
     # Prompts become conditions, and the text encoders leave, before the networks are on the device.
     shown = prompts[:4] or [compose(f"shown {args.seed} {i}") for i in range(4)]
-    uncond, cond, eval_cond = (encode(teacher, some, args.tokens) for some in ([""], shown, eval_prompts))
+    uncond, cond, eval_cond = (encode(some, text_encoder(teacher, args.tokens)) for some in ([""], shown, eval_prompts))
     uncond, cond = ({key: x.to(device) for key, x in rows.items()} for rows in (uncond, cond))
-    inputs = Inputs(teacher, prompts, files, args.batch, args.accumulate, args.seed)
+    inputs = Inputs(teacher, prompts, files, args.batch, args.accumulate, args.seed, args.fake_updates)
     inputs.prepare(first, args.iters, args.tokens, args.resolution)
 
     # Three networks, two optimizers, and the source of random numbers: the state of the run.
     torch.manual_seed(args.seed)  # of the adapters' first weights
-    start = start or teacher.dit
     student, fake = three_networks(teacher, start, args.lora, not args.keep_activations, args.compile)
     origin = {"teacher": fingerprint(teacher.dit), "student": fingerprint(student)}
-    adam, nets = partial(Float32Adam, lr=args.lr, accumulate=args.accumulate > 1), {"student": student, "fake": fake}
-    optimizers = [adam(trainable_weights(net)) for net in nets.values()]
+    nets, rates = {"student": student, "fake": fake}, (args.lr, args.fake_lr or args.lr)
+    adam = partial(Float32Adam, accumulate=args.accumulate > 1)
+    optimizers = [adam(trainable_weights(net), lr=lr) for net, lr in zip(nets.values(), rates)]
     rng = SharedGenerator(device).manual_seed(args.seed)
     rng.rank, rng.world = rank, world
     if first:
         load_state(out / "state", nets, optimizers, rng)
-        for role, x in getattr(args, "origin", origin).items():
-            if origin[role] != x:
-                raise BadInput(f"--resume: the {role} that the run began with had other weights: restore them")
+        check_origin(origin, getattr(args, "origin", origin))
     if rank == 0:
         write_json(out / "args.json", vars(args) | {"origin": origin})
 
     latents, per_iteration = teacher.latent_shape(args.resolution), world * args.accumulate * args.batch
-    teacher_sampler = partial(teacher.sample, uncond=uncond, guidance=args.guidance)
+    teacher_sampler = partial(teacher.sample, uncond=uncond, guidance=args.teacher_guidance)
     student_sampler = partial(generate, student, steps=args.steps, noise=args.noise)
     z = noise_like(torch.empty(len(shown), *latents, device=device), torch.Generator().manual_seed(args.seed))
     preview = partial(sample_pixels, teacher, z=z, cond=cond, seed=args.seed + 1)
@@ -2942,8 +3053,7 @@ def train(args: argparse.Namespace, teacher: Teacher, start: nn.Module | None) -
     log, measured_like = Log(out / "log.jsonl", first), (latents, args.seed, teacher_sampler, reference)
     evaluation = Evaluation(teacher, clip, eval_prompts, eval_cond, *measured_like) if clip else None
 
-    def next_stretch(iteration: int) -> None:
-        """Swaps the networks out to the CPU while the text encoders run."""
+    def next_stretch(iteration: int) -> None:  # the text encoders take the networks' place
         move("cpu", (teacher.dit, student, fake), optimizers)
         inputs.prepare(iteration, args.iters, args.tokens, args.resolution)
         move(device, (teacher.dit, student, fake), optimizers)
@@ -2957,12 +3067,11 @@ def train(args: argparse.Namespace, teacher: Teacher, start: nn.Module | None) -
             plot_images(out / f"samples-{done:06d}.png", pictures, shown, title)
             plot_log(out / "loss.png", log.rows)
 
-    options = {key: getattr(args, key) for key in ("steps", "loss", "alpha", "weight", "noise", "guidance", "warmup")}
-    options |= {"start": first, "iters": args.iters, "accumulate": args.accumulate, "rng": rng, "uncond": uncond}
     batches, shape = inputs.batches(first, next_stretch), (args.batch, *latents)
+    options = {key: getattr(args, key) for key in SETTINGS} | {"start": first, "rng": rng, "uncond": uncond}
     loop = distill(teacher.dit, student, fake, optimizers, batches, shape, **options)
-    before, total = first * per_iteration, args.iters * per_iteration
-    bar = tqdm(total=total, initial=before, unit=" images", unit_scale=True, disable=rank > 0)
+    units = {"unit": " images", "unit_scale": True, "disable": rank > 0}
+    bar = tqdm(total=args.iters * per_iteration, initial=first * per_iteration, **units)
     with signals() as caught, bar:
         for measured in loop:
             done = measured["iteration"] + 1

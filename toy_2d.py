@@ -3,6 +3,7 @@
     python toy_2d.py            check the derivation, train a teacher, distill it, table and figures
     python toy_2d.py --check    the derivation alone: each claim of the paper against an exact value
     python toy_2d.py --sweep    how sensitive the method is to alpha, w(t), p(t) and the steps
+    python toy_2d.py --lag      one or five updates of the fake network, and one that lags behind
 
 Chapters: exact mixtures; recipes; teacher and students; the derivation, checked; measuring;
 figures; command line.
@@ -204,7 +205,7 @@ def distill_student(
     student: nn.Module,
     fake: nn.Module,
     rates: tuple[float, float],
-    batches: Iterable[tuple[dict | None, Tensor | None]],
+    batches: Iterable[tuple],
     shape: tuple[int, ...],
     iters: int,
     seed: int,
@@ -241,11 +242,14 @@ def distill_student(
     return Distilled(average.module, fake, dict(log), copies)
 
 
-def toy_student(teacher: nn.Module, iters: int, seed: int, bar: tqdm, **options) -> Distilled:
+RATE = 3e-3  # of students, and of fake networks that keep up with them
+
+
+def toy_student(teacher: nn.Module, iters: int, seed: int, bar: tqdm, fake_rate: float = RATE, **options) -> Distilled:
     """Distills the teacher. The times of both losses are uniform unless options say otherwise."""
     student, fake = copy.deepcopy(teacher), copy.deepcopy(teacher)
     batches, options = itertools.repeat((None, None)), {"law": None} | options
-    return distill_student(teacher, student, fake, (3e-3, 3e-3), batches, (1024, 2), iters, seed, bar, **options)
+    return distill_student(teacher, student, fake, (RATE, fake_rate), batches, (1024, 2), iters, seed, bar, **options)
 
 
 def run_jobs(jobs: dict[str, tuple[int, Callable[[tqdm], object]]]) -> dict:
@@ -573,6 +577,20 @@ def plot_convergence(file: Path, fisher: list[float], w2: dict[int, float], floo
     save_figure(figure, file)
 
 
+def plot_lag(file: Path, students: dict[str, tuple[dict, dict]]) -> None:
+    """Fake networks that keep up (solid) and that lag (dashed), updated once and five times."""
+    figure, axes = sid_fm.pyplot().subplots(1, 2, figsize=(10, 3.8))
+    titles = "sliced W2, as a multiple of the exact velocity's", "Fisher estimate: what a run shows of itself"
+    for axis, title, which in zip(axes, titles, (0, 1)):
+        for (name, curves), color in zip(students.items(), (BLUE, BLUE, RED, RED)):
+            style = "--" if "lags" in name else "-"
+            axis.plot([*curves[which]], [*curves[which].values()], style, color=color, linewidth=2, label=name)
+        axis.set(xscale="log", yscale="log", xlabel="evaluations of networks")
+        axis.set_title(title, loc="left")
+    axes[0].legend(fontsize=9)
+    save_figure(figure, file)
+
+
 def plot_sweep(file: Path, tables: dict[str, tuple[dict, dict]], ratio: dict[str, float]) -> None:
     """Tables as pictures, with the numbers in them: sliced W2 over the exact velocity's."""
     widths = [len(columns) + 1 for _, columns in tables.values()]
@@ -685,6 +703,34 @@ def sweep_toy(args: argparse.Namespace) -> None:
     print(f"\n{len(ratio)} students of {args.iters} iterations")
 
 
+def lag_toy(args: argparse.Namespace) -> None:
+    """Distills one-step students with one and five updates of the fake network an iteration, at its
+    usual rate and at a thirtieth of it, all with the same number of network evaluations."""
+    measure, z, teacher = prepare_toy(args)
+    exact = measure.scores(toy_samples(measure.mixture.predict, z, 64))["w2"]
+
+    def curves(bar: tqdm, updates: int, rate: float, iters: int, each: int) -> tuple[dict, dict]:
+        options = {"fake_rate": rate, "fake_updates": updates, "weight": args.weight, "steps": 1}
+        result = toy_student(teacher, iters, args.seed, bar, **options)
+        fisher = result.log["fisher"]
+        w2 = {each * i: measure.scores(toy_samples(net, z, 1))["w2"] / exact for i, net in result.copies.items()}
+        return w2, {each * i: float(np.median(fisher[max(0, i - 20) : i])) for i in result.copies}
+
+    jobs = {}
+    for updates, (rate, how) in itertools.product((1, 5), ((RATE, "keeps up"), (RATE / 30, "lags"))):
+        each = 2 * updates + 3  # student and fake network; student, teacher, fake network
+        iters = max(1, args.iters * 5 // each)
+        job = iters, partial(curves, updates=updates, rate=rate, iters=iters, each=each)
+        jobs[f"{updates} update{'s' * (updates > 1)}, {how}"] = job
+    done = run_jobs(jobs)
+    done = {name: done[name] for name in jobs}
+    print(f"\n{'':22}sliced W2 x exact  Fisher estimate")
+    for name, (w2, fisher) in done.items():
+        print(f"{name:22}{[*w2.values()][-1]:17.2f}{[*fisher.values()][-1]:17.2g}")
+    sid_fm.write_json(args.out / "lag.json", done)
+    plot_lag(args.out / "lag.png", done)
+
+
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.error = sid_fm.fail
@@ -703,6 +749,7 @@ def parse() -> argparse.Namespace:
     only = parser.add_mutually_exclusive_group().add_argument
     only("--check", action="store_true", help="the derivation alone; exit status 1 if a claim fails")
     only("--sweep", action="store_true", help="how sensitive the method is to its choices, 13 minutes")
+    only("--lag", action="store_true", help="one or five updates of the fake network, and one that lags, 2 minutes")
     args = parser.parse_args()
     if args.iters is None:
         args.iters = 1000 if args.sweep else 300 if args.quick else 2000
@@ -713,10 +760,10 @@ def main() -> None:
     args = parse()
     with sid_fm.one_line_errors():
         sid_fm.check_numbers(args)
-        held = args.sweep or check_all(args.seed)
+        held = args.sweep or args.lag or check_all(args.seed)
         if not args.check:
             args.out.mkdir(parents=True, exist_ok=True)
-            (sweep_toy if args.sweep else run_toy)(args)
+            (sweep_toy if args.sweep else lag_toy if args.lag else run_toy)(args)
     raise SystemExit(0 if held else 1)
 
 

@@ -108,6 +108,29 @@ def test_parity(ours, config, dtype, size):
     assert used == {"input"} | {name for name, _ in module.named_parameters()}
 
 
+@pytest.mark.parametrize("scale", [1, 1000])
+def test_the_posterior_is_diffusers(scale):
+    """Mean and standard deviation; variances that are too large or too small are cut as there."""
+    theirs, module = pair(AutoencoderKL, KL, torch.float64)
+    images = torch.rand(2, 3, 24, 40, dtype=torch.float64) * 2 - 1
+    with torch.no_grad():
+        for x in (theirs.encoder.conv_out.weight, module.encoder.conv_out.weight):
+            x *= scale
+        expected = theirs.encode(images).latent_dist
+        mean, deviation = module.posterior(images)
+        assert error(mean, expected.mean) < 1e-10 and error(deviation, expected.std) < 1e-10
+        assert torch.equal(mean, module.encode(images))
+        assert (scale == 1) == bool((0.01 < deviation).all() and (deviation < 100).all())
+
+
+def test_the_posterior_of_a_dc_autoencoder_is_a_point():
+    _, module = pair(AutoencoderDC, DC)
+    images = torch.rand(2, 3, 24, 40) * 2 - 1
+    with torch.no_grad():
+        mean, deviation = module.posterior(images)
+        assert torch.equal(mean, module.encode(images)) and deviation.shape == mean.shape and not deviation.any()
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("ours, config", [(AutoencoderKL, KL), (AutoencoderDC, DC)])
 def test_low_precision_is_as_exact_as_the_oracles(ours, config, dtype):

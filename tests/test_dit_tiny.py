@@ -151,11 +151,15 @@ def test_measurements_and_their_intervals():
 
 
 def test_the_captions_of_a_batch_describe_its_data():
-    cond, real = next(dit_tiny.caption_batches(seed=3, device="cpu", data=True))
-    scenes = dit_tiny.sample_scenes(dit_tiny.BATCH_SIZE, rng(3))
+    """Those that come with the pictures; the others are of other scenes."""
+    cond, (real, real_cond) = next(dit_tiny.caption_batches(seed=3, device="cpu", data=True))
+    generator = rng(3)
+    scenes, shown = (dit_tiny.sample_scenes(dit_tiny.BATCH_SIZE, generator) for _ in range(2))
     assert torch.equal(cond["text"], dit_tiny.encode_text(dit_tiny.write_captions(scenes))["text"])
+    assert torch.equal(real_cond["text"], dit_tiny.encode_text(dit_tiny.write_captions(shown))["text"])
     found = dit_tiny.read_objects(dit_tiny.decode_latents(real))
-    assert dit_tiny.accuracy(found, scenes)["all"].mean() > 0.95
+    right, wrong = (dit_tiny.accuracy(found, some)["all"].mean() for some in (shown, scenes))
+    assert right > 0.95 and wrong < 0.2
     cond_alone, none = next(dit_tiny.caption_batches(seed=3, device="cpu"))
     assert none is None and torch.equal(cond_alone["text"], cond["text"])
 

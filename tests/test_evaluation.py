@@ -16,6 +16,7 @@ import pytest
 import torch
 import transformers
 from PIL import Image
+from pipelines import randomise, write_clip
 from safetensors.torch import load_file
 
 import sid_fm
@@ -147,13 +148,45 @@ def test_clip_is_transformers(clip_folder):
     assert clip.embed(prompts=["a very long prompt " * 50]).shape == (1, 24)
 
 
+@pytest.mark.parametrize("kind", ["CLIP", "MetaClip2"])
+def test_any_clip_that_transformers_reads(tmp_path, kind):
+    """Here of the shape of ViT-g-14: towers of different widths, GELU, a projection of its own
+    width, and a processor under the name that it has in older files; and one of another class."""
+    vocab, like = write_clip(tmp_path, pad="!"), {"hidden_act": "gelu", "projection_dim": 12}
+    text = {"hidden_size": 16, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    text |= {"vocab_size": vocab, "bos_token_id": vocab - 2, "eos_token_id": vocab - 1, "pad_token_id": 0}
+    vision = {"hidden_size": 44, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 4}
+    vision |= {"image_size": 28, "patch_size": 14}
+    config = getattr(transformers, f"{kind}Config")(text_config=text | like, vision_config=vision | like, **like)
+    net = randomise(getattr(transformers, f"{kind}Model")(config), 3)
+    net.save_pretrained(tmp_path)
+    processor = transformers.CLIPImageProcessor(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28})
+    options = {"feature_extractor_type": "CLIPFeatureExtractor", "size": 28, "crop_size": 28, "resample": 3}
+    options |= {f"do_{step}": True for step in ("resize", "center_crop", "normalize", "convert_rgb")}
+    options |= {"image_mean": list(processor.image_mean), "image_std": list(processor.image_std)}
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(options))
+    pictures = np.random.default_rng(0).integers(0, 256, (4, 50, 70, 3), dtype=np.uint8)
+    ours = sid_fm.CLIP(tmp_path)
+    images, texts = (
+        getattr(transformers, f"{kind}{tower}ModelWithProjection").from_pretrained(tmp_path).eval()
+        for tower in ("Vision", "Text")
+    )
+    tokens = transformers.CLIPTokenizer.from_pretrained(tmp_path)(PROMPTS, padding=True, return_tensors="pt")
+    with torch.no_grad():
+        image = images(**processor(images=list(pictures), return_tensors="pt")).image_embeds
+        text = texts(**tokens).text_embeds
+    assert image.shape == (4, 12) and text.shape == (5, 12) and type(ours.net) is type(net)
+    torch.testing.assert_close(ours.embed(pictures), image / image.norm(dim=1, keepdim=True))
+    torch.testing.assert_close(ours.embed(prompts=PROMPTS), text / text.norm(dim=1, keepdim=True))
+
+
 @pytest.fixture(scope="module")
 def teacher(pipeline):
     return sid_fm.load_teacher(pipeline("sana"))
 
 
 def evaluation_of(teacher, clip, prompts, seed=0):
-    cond = sid_fm.encode(teacher, prompts, 16)
+    cond = sid_fm.encode(prompts, sid_fm.text_encoder(teacher, 16))
     sampler = partial(sid_fm.generate, teacher.dit, steps=1)
     return sid_fm.Evaluation(teacher, clip, prompts, cond, teacher.latent_shape(32), seed, sampler)
 
@@ -357,7 +390,7 @@ def test_bad_input_is_one_line(command, pipeline, clip_folder, files, tmp_path, 
         "another network": ([*student, "--evaluate", "--clip", pipeline("sana") / "text_encoder"], "text_encoder"),
         "truncated": (
             lambda: [*student, "--evaluate", "--clip", broken_clip(clip_folder, tmp_path / "clip")],
-            "CLIPModel",
+            "give --clip the folder of a CLIP model",
         ),
         "reference": ([*student, "--evaluate", "--reference", tmp_path / "none"], "no folder of 3 images or more"),
         "image": (

@@ -349,18 +349,25 @@ def test_an_update_without_a_finite_gradient_is_skipped(kind, dtype):
 
 
 def test_a_bad_batch_is_skipped_and_training_goes_on():
+    """Of the fake network's update, of the generator's, or of both: batches come to them in turn."""
     teacher = network("sd3")
-    student, fake = copy.deepcopy(teacher), copy.deepcopy(teacher)
+    nets = [copy.deepcopy(teacher) for _ in range(2)]
     good = (inputs(4)[2], None)
     bad = ({key: x * float("inf") for key, x in good[0].items()}, None)
-    seen = []
-    loop = sid_fm.distill(
-        teacher, student, fake, (adam(student), adam(fake)), [good, bad, good], (4, 4, 4, 4), rng=torch.Generator()
-    )
-    for measured in loop:
-        seen.append((float(measured["skipped"]), torch.cat([p.flatten() for p in student.parameters()]).clone()))
-    assert [skipped for skipped, _ in seen] == [0, 2, 0]
-    assert torch.equal(seen[0][1], seen[1][1]) and not torch.equal(seen[1][1], seen[2][1])
+    batches = [good, good, bad, bad, bad, good, good, bad, good, good]
+    seen = [[copy.deepcopy(net.state_dict()) for net in nets]]
+    skipped = []
+    optimizers = [adam(net) for net in nets]
+    for measured in sid_fm.distill(teacher, *nets, optimizers, batches, (4, 4, 4, 4), rng=torch.Generator()):
+        skipped.append(float(measured["skipped"]))
+        seen.append([copy.deepcopy(net.state_dict()) for net in nets])
+    assert skipped == [0, 2, 1, 1, 0]
+
+    def moved(before, after):
+        return any(not torch.equal(x, after[key]) for key, x in before.items())
+
+    student, fake = ([moved(*pair) for pair in itertools.pairwise(states)] for states in zip(*seen))
+    assert student == [True, False, True, False, True] and fake == [True, False, False, True, True]
 
 
 class HostReads(TorchDispatchMode):
@@ -385,7 +392,7 @@ def test_the_host_reads_nothing_in_an_iteration(name, data):
     for kind in (adam, lambda net: torch.optim.Adam(net.parameters(), fused=False)):
         student, fake = copy.deepcopy(teacher), copy.deepcopy(teacher)
         x_t, _, cond = inputs(2)
-        batches = [(cond, x_t if data else None)] * 3
+        batches = [(cond, (x_t, cond) if data else None), (cond, None)] * 3
         options = {"guidance": 2.0, "uncond": inputs(1, seed=99)[2], "warmup": (2, 4), "rng": torch.Generator()}
         optimizers = kind(student), kind(fake)
         with HostReads() as reads:
@@ -444,34 +451,50 @@ def test_two_processes_equal_one(lora, loss, tmp_path):
         torch.testing.assert_close(their_weights[key], x, rtol=0, atol=1e-7)
 
 
-def inputs_of(monkeypatch, rank, world, prompts, stretch=8, seed=3):
-    """The inputs of process `rank` of a run with 2 batches of 12 / world prompts an iteration."""
+def inputs_of(monkeypatch, rank, world, prompts, images=(), stretch=8, seed=3, fake_updates=1):
+    """The inputs of process `rank` of a run with 2 batches of 12 / world prompts an update."""
     monkeypatch.setattr(sid_fm, "STRETCH", stretch)
     monkeypatch.setattr(sid_fm, "rank_and_world", lambda: (rank, world))
-    return sid_fm.Inputs(None, prompts, [], 12 // world, 2, seed)
+    return sid_fm.Inputs(None, prompts, images, 12 // world, 2, seed, fake_updates)
 
 
-def test_every_prompt_is_taken_once_an_epoch_and_processes_share_an_epoch_without_overlap(monkeypatch):
+@pytest.mark.parametrize("fake_updates", [1, 4])
+def test_every_prompt_is_taken_once_an_epoch_and_processes_share_an_epoch_without_overlap(monkeypatch, fake_updates):
+    """The fake network's batches of images have an order of their own, and so other captions."""
     prompts = [f"prompt {i}" for i in range(60)]
+    updates, settings = fake_updates + 1, {"images": [*prompts], "fake_updates": fake_updates}
 
-    def parts(rank, world, **settings):  # of two epochs: two batches an iteration
-        run = inputs_of(monkeypatch, rank, world, prompts, **settings)
-        return [part for iteration in range(5) for part in run.parts(iteration)]
+    def parts(rank, world, kind="parts", **more):
+        run = inputs_of(monkeypatch, rank, world, prompts, **settings | more)
+        each = [getattr(run, kind)(iteration) for iteration in range(5)]
+        assert [len(some) for some in each] == [2 * (updates if kind == "parts" else fake_updates)] * 5
+        return [part for some in each for part in some]
 
-    one = parts(0, 1)
-    taken = [i for part in one for i in part]
-    assert all(sorted(taken[i : i + 60]) == list(range(60)) for i in (0, 60)) and taken[:60] != taken[60:]
-    assert parts(0, 1, seed=4) != one
-    for rank in range(3):  # a third of each batch
-        assert parts(rank, 3) == [part[4 * rank : 4 * rank + 4] for part in one]
+    orders = []
+    for kind in ("parts", "real_parts"):
+        one = parts(0, 1, kind)
+        taken = [i for part in one for i in part]
+        assert all(sorted(taken[i : i + 60]) == list(range(60)) for i in range(0, len(taken), 60))
+        assert len(taken) >= 120 and taken[:60] != taken[60:120]
+        assert parts(0, 1, kind, seed=4) != one
+        for rank in range(3):  # a third of each batch
+            assert parts(rank, 3, kind) == [part[4 * rank : 4 * rank + 4] for part in one]
+        orders.append(taken)
+    assert orders[0][:60] != orders[1][:60]
+    assert inputs_of(monkeypatch, 0, 1, prompts).real_parts(0) == []
 
 
-@pytest.mark.parametrize("stretch, iterations", [(8, 8), (240, 10), (241, 11)])
-def test_a_stretch_is_so_many_prompts_or_eight_iterations(monkeypatch, stretch, iterations):
+@pytest.mark.parametrize(
+    "fake_updates, stretch, iterations",
+    [(1, 8, 8), (1, 480, 10), (1, 481, 11), (5, 8, 8), (5, 1440, 10), (5, 1441, 11)],
+)
+def test_a_stretch_is_so_many_prompts_or_eight_iterations(monkeypatch, fake_updates, stretch, iterations):
     """And no more prompts than that are encoded once."""
-    assert inputs_of(monkeypatch, 0, 1, [], stretch).length == iterations
-    for count, once in ((24 * iterations, True), (24 * iterations + 1, False), (0, False)):
-        assert inputs_of(monkeypatch, 0, 1, ["a fox"] * count, stretch).once == once
+    prompts = 12 * 2 * (fake_updates + 1)  # of an iteration
+    options = {"stretch": stretch, "fake_updates": fake_updates}
+    assert inputs_of(monkeypatch, 0, 1, [], **options).length == iterations
+    for count, once in ((prompts * iterations, True), (prompts * iterations + 1, False), (0, False)):
+        assert inputs_of(monkeypatch, 0, 1, ["a fox"] * count, **options).once == once
 
 
 def test_numbers_of_processes_are_rows_of_one():
@@ -493,7 +516,7 @@ def over_stretches(arguments, batch, rank=0, world=1):
             sid_fm, "load_teacher", lambda name, device, dtype, **how: load(name, device, torch.float64, **how)
         )
         patch.setattr(sid_fm.Inputs, "prepare", lambda self, *args: begun.append(args[0]) or prepare(self, *args))
-        patch.setattr(sid_fm, "STRETCH", 8 * batch)
+        patch.setattr(sid_fm, "STRETCH", 16 * batch)  # two updates
         for name in ("plot_images", "plot_log"):
             patch.setattr(sid_fm, name, lambda *args: None)
         if world > 1:
@@ -560,12 +583,12 @@ def quiet(monkeypatch):
 
 @pytest.fixture
 def sources(tmp_path):
-    """Files of 20 prompts, and of 20 images with captions: more than the 16 of a stretch of 8
+    """Files of 40 prompts, and of 40 images with captions: more than the 32 of a stretch of 8
     iterations."""
-    (tmp_path / "many.txt").write_text("".join(f"{i} ships\n" for i in range(20)))
+    (tmp_path / "many.txt").write_text("".join(f"{i} ships\n" for i in range(40)))
     (tmp_path / "images").mkdir()
-    for i in range(20):
-        Image.fromarray(np.full((32, 32, 3), (12 * i, 40, 250 - 12 * i), np.uint8)).save(tmp_path / f"images/{i}.png")
+    for i in range(40):
+        Image.fromarray(np.full((32, 32, 3), (6 * i, 40, 250 - 6 * i), np.uint8)).save(tmp_path / f"images/{i}.png")
         (tmp_path / f"images/{i}.txt").write_text(f"picture {i}")
     return {"prompts": ("--prompts", tmp_path / "many.txt"), "data": ("--data", tmp_path / "images"), "composed": ()}
 
@@ -628,7 +651,7 @@ def test_a_run_over_stretches_stops_in_one_and_resumes_to_the_same_numbers(
 ):
     """Three stretches of 8 iterations. At a later one the networks leave the device while prompts
     are encoded."""
-    monkeypatch.setattr(sid_fm, "STRETCH", 16)
+    monkeypatch.setattr(sid_fm, "STRETCH", 32)
     happened, move, prepare = [], sid_fm.move, sid_fm.Inputs.prepare
 
     def moved(where, nets, optimizers):

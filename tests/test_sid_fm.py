@@ -3,6 +3,7 @@
 import copy
 import itertools
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -221,7 +222,7 @@ def test_distill_yields_measurements_and_leaves_the_teacher_alone():
 
 def test_where_the_fake_network_is_the_teacher_there_is_nothing_to_see():
     teacher, student, fake, optimizers = trio(lr=0.0)
-    measured = next(distill(teacher, student, fake, optimizers, [(None, None)], (8, 2), rng=rng()))
+    measured = next(distill(teacher, student, fake, optimizers, [(None, None)] * 2, (8, 2), rng=rng()))
     assert measured["fisher"] == 0 and measured["loss"] == 0
 
 
@@ -244,15 +245,79 @@ def test_distill_is_reproducible_and_runs_without_a_generator():
     assert first.isfinite().all()
 
 
-def test_distill_uses_guidance_in_all_three_places_but_not_in_the_generator():
-    teacher, student, fake, optimizers = trio()
-    rows = {"teacher": [], "student": [], "fake": []}
-    for name, net in (("teacher", teacher), ("student", student), ("fake", fake)):
-        net.register_forward_pre_hook(lambda module, inputs, name=name: rows[name].append(len(inputs[0])))
-    batches = [({"word": torch.randn(8, 2)}, None)]
-    uncond = {"word": torch.zeros(1, 2)}
-    list(distill(teacher, student, fake, optimizers, batches, (8, 2), steps=1, guidance=4.5, uncond=uncond, rng=rng()))
-    assert rows == {"teacher": [16], "student": [8, 8], "fake": [16, 16]}
+class Calls(list):
+    """What networks are called with, in order: (name, rows, time of the first row, word of the
+    first row)."""
+
+    def __init__(self, teacher, student, fake, optimizers):
+        super().__init__()
+        for name, net in (("teacher", teacher), ("student", student), ("fake", fake)):
+            net.register_forward_pre_hook(partial(self.note, name))
+
+    def note(self, name, net, inputs):
+        x_t, t, cond, *_ = inputs
+        self.append((name, len(x_t), float(t[0]), cond and float(cond["word"][0, 0])))
+
+    def of(self, name):
+        return [call for call in self if call[0] == name]
+
+
+def words(first, count):
+    """Conditions of batches of 8: all of one number, from `first` on."""
+    return [{"word": torch.full((8, 2), float(first + i))} for i in range(count)]
+
+
+@pytest.mark.parametrize(
+    "guidance, training, of_fake, of_teacher",
+    [(4.5, 16, 16, 16), ((0.0, 1.0, 1.0), 16, 8, 8), ([1.0, -2.0, 1.0], 8, 16, 8), ((1.0, 1.0, 4.5), 8, 8, 16)],
+)
+def test_distill_uses_guidance_in_three_places_but_not_in_the_generator(guidance, training, of_fake, of_teacher):
+    nets = trio()
+    calls, uncond = Calls(*nets), {"word": torch.zeros(1, 2)}
+    batches = [(cond, None) for cond in words(1, 2)]
+    list(distill(*nets, batches, (8, 2), steps=1, guidance=guidance, uncond=uncond, rng=rng()))
+    assert [(name, rows, word) for name, rows, _, word in calls] == [
+        ("student", 8, 1.0),
+        ("fake", training, 1.0),
+        ("student", 8, 2.0),
+        ("teacher", of_teacher, 2.0),
+        ("fake", of_fake, 2.0),
+    ]
+
+
+@pytest.mark.parametrize("data", [False, True], ids=["data-free", "data-aided"])
+def test_each_update_has_new_batches_and_real_samples_captions_of_their_own(data):
+    """Two updates of the fake network and one of the generator, of two batches each: six batches,
+    in this order. It ends where they do."""
+    nets = trio()
+    calls, reals = Calls(*nets), [(torch.randn(8, 2), cond) if data else None for cond in words(101, 4)]
+    batches = iter([*zip(words(1, 6), [*reals, None, None]), *((cond, None) for cond in words(7, 5))])
+    run = list(distill(*nets, batches, (8, 2), steps=1, fake_updates=2, accumulate=2, iters=9, rng=rng()))
+    assert len(run) == 1 and run[0]["images"] == 16 and not list(batches)
+    assert [word for *_, word in calls.of("student")] == [1, 2, 3, 4, 5, 6]
+    assert [word for *_, word in calls.of("teacher")] == [5, 6]
+    free = [1, 2, 3, 4, 5, 6]
+    assert [word for *_, word in calls.of("fake")] == ([1, 101, 2, 102, 3, 103, 4, 104, 5, 6] if data else free)
+
+
+def test_generation_follows_its_times():
+    """In place of steps; by default they are even."""
+    given, (teacher, student, fake, optimizers) = torch.tensor([0.9, 0.6, 0.25, 0.0]), trio()
+    calls = Calls(teacher, student, fake, optimizers)
+    options = {"steps": 1, "iters": 30, "times": given, "rng": rng()}
+    run = list(distill(teacher, student, fake, optimizers, itertools.repeat((None, None)), (8, 2), **options))
+    assert {measured["k"] for measured in run} == {1, 2, 3}
+    assert {t for _, _, t, _ in calls.of("student")} == {*given[:3].tolist()}
+
+    def after(**options):
+        teacher, student, fake, optimizers = copy.deepcopy(start)
+        batches = itertools.repeat((None, None))
+        list(distill(teacher, student, fake, optimizers, batches, (8, 2), iters=4, rng=rng(), **options))
+        return weights(student)
+
+    start = trio()
+    assert torch.equal(after(), after(times=torch.tensor([1, 0.75, 0.5, 0.25, 0])))
+    assert not torch.equal(after(), after(times=torch.tensor([1, 0.9, 0.75, 0.5, 0])))
 
 
 ONE_ITERATION = {
@@ -261,10 +326,20 @@ ONE_ITERATION = {
     "fixed noise": {"noise": "fixed"},
     "ddim noise": {"noise": "ddim"},
     "guided": {"guidance": 3.0},
+    "guided in the fake network alone": {"guidance": (1.5, 1.5, 1.0)},
+    "guided as three": {"guidance": (1.0, 2.0, 4.5)},
+    "guided by nothing and against": {"guidance": [0.0, -1.5, 0.5]},
+    "other times": {"times": [0.9, 0.3, 0.0]},
+    "other times, fixed noise": {"times": [0.9, 0.3, 0.0], "noise": "fixed"},
+    "other times, ddim noise": {"times": [0.9, 0.3, 0.0], "noise": "ddim"},
     "dmd": {"loss": "dmd"},
+    "accumulated": {"accumulate": 3},
+    "three fake updates": {"fake_updates": 3, "accumulate": 2},
     "data-aided": {"real": True},
-    "data-aided, other weights": {"real": True, "weight": "1/t^2"},
+    "data-aided, other weights": {"real": True, "weight": "1/t^2", "sid_scale": 0.5, "discriminator_scale": 20.0},
+    "data-aided, without a discriminator": {"real": True, "discriminator_scale": 0.0},
     "data-aided, guided, dmd": {"real": True, "guidance": 3.0, "loss": "dmd"},
+    "data-aided, two fake updates": {"real": True, "fake_updates": 2, "accumulate": 2, "guidance": (2.0, 1.0, 3.0)},
 }
 
 
@@ -273,64 +348,89 @@ def test_one_iteration_is_the_losses_of_chapter_2(options):
     """One iteration at K = 2, written out with formulas, from the same random numbers."""
     options = {"alpha": 1.0, "weight": "1-t", "law": sid_fm.SID_LAW, "noise": "fresh", "loss": "sid"} | options
     guidance, scale = options.setdefault("guidance", 1.0), options.setdefault("sid_scale", 100.0)
-    real = torch.randn(8, 2) + 2 if options.pop("real", False) else None
-    cond, uncond = {"word": torch.randn(8, 2)}, {"word": torch.zeros(1, 2)}
+    in_training, of_fake, of_teacher = guidance if isinstance(guidance, (list, tuple)) else (guidance,) * 3
+    discriminator_scale = options.setdefault("discriminator_scale", 1.0)
+    accumulate, fake_updates = options.setdefault("accumulate", 1), options.setdefault("fake_updates", 1)
+    times, aided = options.pop("times", None), options.pop("real", False)
+    options |= {"times": torch.tensor(times)} if times else {"steps": 2}
+    times = times or [1.0, 0.5, 0.0]
+
+    def conditions():
+        return {"word": torch.randn(8, 2)}
+
+    real = [(torch.randn(8, 2) + 2, conditions()) if aided else None for _ in range(fake_updates * accumulate)]
+    batches = [(conditions(), x) for x in [*real, *[None] * accumulate]]
     teacher, student, fake, _ = trio()
     mine, opponent = copy.deepcopy(student), copy.deepcopy(fake)
 
     def sgd(net):
         return torch.optim.SGD(net.parameters(), lr=1e-3)
 
-    nets = (teacher, student, fake, (sgd(student), sgd(fake)))
-    loop = distill(*nets, [(cond, real)], (8, 2), steps=2, warmup=(0, 0), uncond=uncond, rng=rng(), **options)
-    measured = next(loop)
+    nets, uncond = (teacher, student, fake, (sgd(student), sgd(fake))), {"word": torch.zeros(1, 2)}
+    measured = next(distill(*nets, batches, (8, 2), warmup=(0, 0), uncond=uncond, rng=rng(), **options))
 
     g, like = rng(), torch.empty(8, 2)
-    k = measured["k"]
+    k, means = measured["k"], dict.fromkeys(measured.keys() - {"iteration", "images", "k", "skipped"}, 0.0)
+    assert k == 2 and means.keys() >= ({"discriminator", "adversarial"} if aided else set())
 
-    def velocity(net, x_t, t):
+    def velocity(net, x_t, t, cond, guidance):
         v, h = net(x_t, t, cond, features=True)
         return v + (guidance - 1) * (v - net(x_t, t, {"word": torch.zeros(8, 2)})), h
 
-    def draw(generator):
-        z = x = sid_fm.noise_like(like, g)
-        t = torch.ones(8)
-        if k == 2:
-            v = generator(x, t, cond).detach()
-            n = {"fresh": lambda: sid_fm.noise_like(like, g), "fixed": lambda: z, "ddim": lambda: x}[options["noise"]]()
-            x, t = (x - v) / 2 + n / 2, t / 2
-        x_g = x - t[:, None] * generator(x, t, cond)
+    def draw(generator, cond):
+        z = sid_fm.noise_like(like, g)
+        t, t_next = (torch.full((8,), t) for t in times[:2])
+        v = generator(z, t, cond).detach()
+        n = {"fresh": lambda: sid_fm.noise_like(like, g), "fixed": lambda: z, "ddim": lambda: z + (1 - times[0]) * v}
+        x = (1 - times[1]) * (z - times[0] * v) + times[1] * n[options["noise"]]()
+        x_g = x - times[1] * generator(x, t_next, cond)
         e, t = sid_fm.noise_like(like, g), sid_fm.sample_times(8, options["law"], rng=g)
-        return x_g, e, t
+        return x_g, e, t, (1 - t)[:, None] * x_g + t[:, None] * e
 
-    x_g, e, t = draw(mine)
-    x_g = x_g.detach()
-    v, h = velocity(opponent, add_noise(x_g, e, t), t)
-    loss = (v - (e - x_g)).square().sum(1).mean()
-    if real is not None:
-        _, h_real = opponent(add_noise(real, sid_fm.noise_like(real, g), t), t, cond, features=True)
-        loss = loss + 2 * (F.softplus(-h_real).mean() + F.softplus(h).mean()) / 2
-    loss.backward()
-    sgd(opponent).step()
+    for i in range(0, fake_updates * accumulate, accumulate):
+        total = 0
+        for cond, sample in batches[i : i + accumulate]:
+            x_g, e, t, _ = draw(mine, cond)
+            x_g = x_g.detach()
+            v, h = velocity(opponent, add_noise(x_g, e, t), t, cond, in_training)
+            loss = (v - (e - x_g)).square().sum(1).mean()
+            means["fake_loss"] += loss.detach() / fake_updates / accumulate
+            if aided:  # at the noise and the times of the generated samples
+                x_0, real_cond = sample
+                _, h_real = opponent(add_noise(x_0, e, t), t, real_cond, features=True)
+                discriminator = (F.softplus(-h_real).mean() + F.softplus(h).mean()) / 2
+                means["discriminator"] += discriminator.detach() / fake_updates / accumulate
+                loss = loss + discriminator_scale * 2 * discriminator
+            total = total + loss / accumulate
+        opponent.zero_grad()
+        total.backward()
+        sgd(opponent).step()
     torch.testing.assert_close(weights(opponent), weights(fake))
 
-    x_g, e, t = draw(mine)
-    x_t = (1 - t)[:, None] * x_g + t[:, None] * e
-    v, h = velocity(opponent, x_t, t)
-    phi, psi = x_t - t[:, None] * velocity(teacher, x_t, t)[0], x_t - t[:, None] * v
-    w = 1 - t if options["weight"] == "1-t" else 1 / t**2
-    if options["loss"] == "sid":
-        loss = (w * ((phi - psi) * ((phi - x_g) - options["alpha"] * (phi - psi))).sum(1)).mean()
-    else:
-        loss = (w * ((psi - phi).detach() * x_g).sum(1)).mean()
-    torch.testing.assert_close(measured["loss"], loss.detach())
-    torch.testing.assert_close(measured["fisher"], (w * (phi - psi).square().sum(1)).mean().detach())
-    loss = scale * loss
-    if real is not None:
-        loss = (loss + 2 * ((1 - t)[:, None] * F.softplus(-h)).mean()) / 2
-    loss.backward()
+    total = 0
+    for cond, _ in batches[-accumulate:]:
+        x_g, _, t, x_t = draw(mine, cond)
+        v, h = velocity(opponent, x_t, t, cond, of_fake)
+        phi = x_t - t[:, None] * velocity(teacher, x_t, t, cond, of_teacher)[0]
+        psi = x_t - t[:, None] * v
+        w = 1 - t if options["weight"] == "1-t" else 1 / t**2
+        if options["loss"] == "sid":
+            loss = (w * ((phi - psi) * ((phi - x_g) - options["alpha"] * (phi - psi))).sum(1)).mean()
+        else:
+            loss = (w * ((psi - phi).detach() * x_g).sum(1)).mean()
+        means["loss"] += loss.detach() / accumulate
+        means["fisher"] += (w * (phi - psi).square().sum(1)).mean().detach() / accumulate
+        loss = scale * loss
+        if aided:
+            adversarial = 2 * ((1 - t)[:, None] * F.softplus(-h)).mean()
+            means["adversarial"] += adversarial.detach() / accumulate
+            loss = (loss + adversarial) / 2
+        total = total + loss / accumulate
+    total.backward()
     sgd(mine).step()
     torch.testing.assert_close(weights(mine), weights(student))
+    for name, mean in means.items():
+        torch.testing.assert_close(measured[name], mean)
 
 
 def test_low_precision_weights_see_float32_samples():
@@ -344,7 +444,7 @@ def test_low_precision_weights_see_float32_samples():
     teacher = Half().to(torch.bfloat16)
     student, fake = copy.deepcopy(teacher), copy.deepcopy(teacher)
     optimizers = tuple(torch.optim.Adam(net.parameters()) for net in (student, fake))
-    list(distill(teacher, student, fake, optimizers, [(None, None)], (8, 2), rng=rng()))
+    list(distill(teacher, student, fake, optimizers, [(None, None)] * 2, (8, 2), rng=rng()))
     assert set(seen) == {(torch.float32, torch.float32)}
 
 
@@ -352,7 +452,8 @@ def test_discriminator_that_tells_nothing():
     """Hidden states of zero are logits of zero: the measurement is log 2, whatever the size of a sample."""
     teacher, student, fake, optimizers = trio()
     nn.init.zeros_(fake.first.weight), nn.init.zeros_(fake.first.bias)
-    run = distill(teacher, student, fake, optimizers, itertools.repeat((None, torch.randn(8, 2))), (8, 2), rng=rng())
+    batches = itertools.repeat((None, (torch.randn(8, 2), None)))
+    run = distill(teacher, student, fake, optimizers, batches, (8, 2), rng=rng())
     assert float(next(run)["discriminator"]) == pytest.approx(math.log(2), rel=4 * torch.finfo().eps)
 
 
@@ -360,7 +461,7 @@ def test_data_aided_schedule():
     """The generator waits for the first images, then sees SiD alone, then both."""
     moved, last = [], None
     teacher, student, fake, optimizers = trio()
-    real = torch.randn(8, 2) + 2
+    real = torch.randn(8, 2) + 2, None
     run = distill(
         teacher, student, fake, optimizers, itertools.repeat((None, real)), (8, 2), warmup=(16, 32), iters=6, rng=rng()
     )

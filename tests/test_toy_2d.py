@@ -5,6 +5,7 @@ import itertools
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -609,6 +610,34 @@ def test_the_sweep_prints_its_tables(monkeypatch, tmp_path, capsys):
     assert len(ratios) == 4 * 7 + 3 * 3 + 4 * 3 and {"alpha = 0.5, 1/t", "DMD, seed 2"} <= ratios.keys()
     out = capsys.readouterr().out
     assert (tmp_path / "sweep.png").exists() and "49 students" in out and f"{ratios['DMD, seed 2']:14.2f}" in out
+
+
+def test_a_lagging_fake_network_is_updated_once_and_five_times(monkeypatch, tmp_path, capsys):
+    """Four students with about as many evaluations; the rate and the number of updates are those
+    that it says."""
+    monkeypatch.setattr(toy_2d, "TEACHER_ITERS", 40)
+    seen, distill = [], sid_fm.distill
+
+    def watched(*args, **options):
+        rates = [optimizer.param_groups[0]["initial_lr"] for optimizer in args[3]]
+        seen.append((options["fake_updates"], options["iters"], *rates))
+        return distill(*args, **options)
+
+    monkeypatch.setattr(sid_fm, "distill", watched)
+    assert main(monkeypatch, "--lag", "--quick", "--iters", "26", "--out", tmp_path) == 0
+    rate = toy_2d.RATE
+    assert sorted(seen) == [
+        (1, 26, rate, rate / 30),
+        (1, 26, rate, rate),
+        (5, 10, rate, rate / 30),
+        (5, 10, rate, rate),
+    ]
+    students, out = json.loads((tmp_path / "lag.json").read_text()), capsys.readouterr().out
+    assert [*students] == ["1 update, keeps up", "1 update, lags", "5 updates, keeps up", "5 updates, lags"]
+    for name, (w2, fisher) in students.items():
+        assert w2.keys() == fisher.keys() and int([*w2][-1]) == 130
+        assert re.search(rf"{name} +{[*w2.values()][-1]:.2f} ", out)
+    assert (tmp_path / "lag.png").exists()
 
 
 def test_a_run_that_diverges_says_so(monkeypatch, tmp_path, capsys):

@@ -46,65 +46,6 @@ def error(a, b):
     return ((a - b).abs().max() / b.abs().max()).item()
 
 
-@pytest.fixture
-def copied(pipeline, tmp_path):
-    """copied(family) -> a copy of its tiny pipeline, to be changed."""
-    return lambda family="sana", **options: Path(shutil.copytree(pipeline(family, **options), tmp_path / family))
-
-
-@pytest.fixture
-def settings(tmp_path):
-    """settings(teacher, *arguments) -> the arguments of a run of three iterations on three prompts,
-    in the folder "out", unless others are given."""
-    (tmp_path / "prompts.txt").write_text("a red fox\ntwo ships\na small robot\n")
-    (tmp_path / "instruction.txt").write_text("A photograph of ")
-
-    def settings(teacher, *arguments):
-        fixed = "--iters 3 --batch 2 --accumulate 1 --resolution 32 --steps 2 --tokens 16 --lr 1e-3 --device cpu"
-        files = ["--teacher", teacher, "--instruction", tmp_path / "instruction.txt", "--out", tmp_path / "out"]
-        if not {"--sample", "--data", "--prompts", "--resume"} & {*arguments}:
-            files += ["--prompts", tmp_path / "prompts.txt"]
-        return [*fixed.split(), *map(str, (*files, *arguments))]
-
-    return settings
-
-
-@pytest.fixture
-def run(settings, monkeypatch):
-    """The same, run in this process without its figures."""
-    monkeypatch.setattr(sid_fm, "plot_images", lambda *args: None)
-    monkeypatch.setattr(sid_fm, "plot_log", lambda *args: None)
-    return lambda *arguments: sid_fm.main(settings(*arguments))
-
-
-@pytest.fixture
-def ended(run, capsys):
-    """ended(teacher, *arguments, status=2) -> the line in which a run says why it ends: the last
-    one on standard error, after one that says what it began with at most. status: None for any
-    but 0."""
-
-    def ended(*arguments, status=2):
-        with pytest.raises(SystemExit) as stop:
-            run(*arguments)
-        err = capsys.readouterr().err
-        lines = [line for line in re.split("[\r\n]+", err) if line.strip() and not re.search(r"%\|.*\]$", line)]
-        line, program = lines[-1], f"{Path(sys.argv[0]).name}: "
-        assert "Traceback" not in err and line.startswith(program), err
-        assert sum(line.startswith(program) for line in lines) == 1 and len(lines) <= 2, err
-        assert stop.value.code == status or (status is None and stop.value.code), line
-        return line.removeprefix(program)
-
-    return ended
-
-
-@pytest.fixture
-def asked(monkeypatch):
-    """The prompts that are encoded."""
-    asked, encode = [], sid_fm.Teacher.encode_prompts
-    monkeypatch.setattr(sid_fm.Teacher, "encode_prompts", lambda *args: asked.extend(args[1]) or encode(*args))
-    return asked
-
-
 def read_log(out: Path) -> list[dict]:
     return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
 
@@ -412,6 +353,19 @@ def test_a_clip_that_is_not_finite_gives_no_score(pipeline, clip_folder, ended, 
     poison(clip / "model.safetensors", f"{tower}_model.encoder.layers.0.mlp.fc1.weight")
     how = ["--evaluate", "--student", pipeline("sana")] if mode == "--evaluate" else ["--evaluate-every", 1]
     assert str(clip) in ended(pipeline("sana"), *how, "--clip", clip, "--num", 12, "--out", out, status=None)
+    assert not left(out)
+
+
+def test_an_autoencoder_whose_deviation_is_not_finite_gives_no_real_sample(copied, ended, tmp_path):
+    """The mode is finite, and training takes samples."""
+    folder, out = copied("sd3-medium"), tmp_path / "results"
+    picture(tmp_path / "data" / "0.png", "a red square")
+
+    def change(weights):
+        weights["encoder.conv_out.bias"][-1] = math.nan  # of a log variance
+
+    retensor(folder / "vae" / WEIGHTS, change)
+    assert re.search(r"\bvae\b", ended(folder, "--data", tmp_path / "data", "--out", out, status=None))
     assert not left(out)
 
 
