@@ -3,6 +3,7 @@
     python toy_2d.py            check the derivation, train a teacher, distill it, table and figures
     python toy_2d.py --check    the derivation alone: each claim of the paper against an exact value
     python toy_2d.py --sweep    how sensitive the method is to alpha, w(t), p(t) and the steps
+    python toy_2d.py --data     what real data add where the teacher is wrong
     python toy_2d.py --lag      one or five updates of the fake network, and one that lags behind
 
 Chapters: exact mixtures; recipes; teacher and students; the derivation, checked; measuring;
@@ -78,6 +79,8 @@ MIXTURES = {
     "grid": Mixture(torch.cartesian_prod(*[torch.linspace(-1, 1, 5)] * 2), 0.05),
     "unequal": Mixture(RING, 0.1, torch.arange(1.0, 9.0)),
 }
+WIDE = Mixture(2 * RING, 0.2)  # the real data of --data, whose teacher has learnt other masses
+TILTED = Mixture(2 * RING, 0.2, torch.arange(1.0, 9.0))
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Recipes: all losses are one loss (paper, figure 2)
@@ -145,15 +148,16 @@ class Net(nn.Module):
         self.layers = nn.ModuleList(nn.Linear(96, 96) for _ in range(2))
         self.last = nn.Linear(96, 2)
 
-    def forward(self, x_t: Tensor, t: Tensor, cond: dict | None = None) -> Tensor:
+    def forward(self, x_t: Tensor, t: Tensor, cond: dict | None = None, features: bool = False):
         x, u = (x_t, t) if self.path == "rf" else sid_fm.equal_snr(x_t, t, self.path, "trig")
         time = t if self.path == "rf" else sid_fm.time_at(u.cos(), u.sin(), "rf")
         waves, phase = x @ self.directions, time[:, None] * self.frequencies
         h = self.first(torch.cat([x, waves.cos(), waves.sin(), phase.cos(), phase.sin()], 1))
         for layer in self.layers:
             h = h + layer(nn.functional.silu(h))
-        v = self.last(nn.functional.silu(h))
-        return v if self.path == "rf" else convert(v, x, u, "trig", "v", self.predicts)
+        h = nn.functional.silu(h)
+        v = self.last(h) if self.path == "rf" else convert(self.last(h), x, u, "trig", "v", self.predicts)
+        return (v, h) if features else v
 
 
 # The teacher's recipe on each path. The weight 1 / a^2 on vp is not DDPM's. It is needed where
@@ -250,6 +254,16 @@ def toy_student(teacher: nn.Module, iters: int, seed: int, bar: tqdm, fake_rate:
     student, fake = copy.deepcopy(teacher), copy.deepcopy(teacher)
     batches, options = itertools.repeat((None, None)), {"law": None} | options
     return distill_student(teacher, student, fake, (RATE, fake_rate), batches, (1024, 2), iters, seed, bar, **options)
+
+
+def data_aided(
+    teacher: nn.Module, start: Distilled, data: Mixture, iters: int, seed: int, bar: tqdm, **options
+) -> Distilled:
+    """Trains a student on, with real data besides, at a third of the rate."""
+    rng = torch.Generator().manual_seed(seed + 1)
+    batches = ((None, (data.sample(1024, rng), None)) for _ in itertools.count())
+    nets, rates = (copy.deepcopy(start.student), copy.deepcopy(start.fake)), (RATE / 3, RATE / 3)
+    return distill_student(teacher, *nets, rates, batches, (1024, 2), iters, seed, bar, warmup=(0, 0), **options)
 
 
 def run_jobs(jobs: dict[str, tuple[int, Callable[[tqdm], object]]]) -> dict:
@@ -476,7 +490,7 @@ class MixtureMeasure:
         angle = (torch.arange(directions) + 0.5) * (math.pi / directions)
         self.directions = torch.stack([angle.cos(), angle.sin()])
         levels = (np.arange(n) + 0.5) / n
-        x = torch.linspace(-3, 3, 8001).double()  # wider than any of MIXTURES
+        x = torch.linspace(-4, 4, 8001).double()  # wider than any mixture here
         self.quantiles = np.empty((directions, n), np.float32)
         for row, centre in zip(self.quantiles, (mixture.means @ self.directions).double().T):
             cdf = torch.special.ndtr((x[:, None] - centre) / mixture.sigma) @ mixture.weights.double()
@@ -574,6 +588,28 @@ def plot_convergence(file: Path, fisher: list[float], w2: dict[int, float], floo
     right.legend(fontsize=9)
     for axis in (left, right):
         axis.set(yscale="log", xlabel="iterations")
+    save_figure(figure, file)
+
+
+def plot_masses(file: Path, panels: dict[str, tuple[Tensor, Tensor]], scales: dict[str, float]) -> None:
+    """Samples, below them the masses of their eight modes, and at the right the largest error of a
+    mass against the scale of the SiD loss."""
+    figure = sid_fm.pyplot().figure(figsize=(12, 4.4))
+    grid = figure.add_gridspec(2, len(panels) + 1, height_ratios=(2, 1), width_ratios=[1] * len(panels) + [1.7])
+    for i, (name, (x, masses)) in enumerate(panels.items()):
+        above, below = figure.add_subplot(grid[0, i]), figure.add_subplot(grid[1, i])
+        above.plot(*x[:8000].T, ".", color=BLUE, markersize=1.2, alpha=0.3)
+        above.set(xlim=(-3, 3), ylim=(-3, 3), aspect="equal", xticks=[], yticks=[])
+        above.set_title(name, fontsize=10)
+        below.bar(range(8), (100 * masses).tolist(), color=BLUE)
+        below.axhline(12.5, color=INK, linewidth=1, linestyle=":")
+        below.set(ylim=(0, 25), xticks=[], yticks=(0, 12.5, 25) if i == 0 else [])
+        below.grid(visible=False)
+    figure.axes[1].set_ylabel("mass of a mode, %")
+    axis = figure.add_subplot(grid[:, -1])
+    axis.plot(range(len(scales)), [100 * x for x in scales.values()], "o-", color=RED)
+    axis.set(ylim=(0, None), xticks=range(len(scales)), xticklabels=scales, xlabel="sid_scale, discriminator_scale")
+    axis.set_title("largest error of a mass, %", loc="left", fontsize=10)
     save_figure(figure, file)
 
 
@@ -703,6 +739,48 @@ def sweep_toy(args: argparse.Namespace) -> None:
     print(f"\n{len(ratio)} students of {args.iters} iterations")
 
 
+def data_toy(args: argparse.Namespace) -> None:
+    """What real data add. The teacher has learnt a ring whose modes' masses are 1 : 2 : ... : 8;
+    real data have equal masses. A data-free student can only be as wrong as its teacher."""
+    samples, iters = (10_000, TEACHER_ITERS // 4) if args.quick else (50_000, TEACHER_ITERS)
+    measure, z = (
+        MixtureMeasure(WIDE, samples),
+        torch.randn(samples, 2, generator=torch.Generator().manual_seed(args.seed)),
+    )
+    teacher = run_jobs({"teacher": (iters, partial(toy_teacher, TILTED, "rf", iters, args.seed))})["teacher"]
+    settings = {"law": SID_LAW, "weight": "1-t", "steps": 1}  # the authors' p(t) and w(t)
+    free = partial(toy_student, teacher, args.iters, args.seed, **settings)
+    free = run_jobs({"data-free student": (args.iters, free)})["data-free student"]
+    # Where the adversarial term has a say: its ratio to the SiD loss, and the discriminator's to
+    # the fake network's own loss, which is larger by far at the authors' scales.
+    scales = ((100, 1), (1, 1), (1, 100), (0.1, 100), (0.03, 100), (0, 100))  # 0: without the SiD loss
+
+    def aided(bar: tqdm, sid: float, discriminator: float) -> Tensor:
+        options = {"sid_scale": sid, "discriminator_scale": discriminator, **settings}
+        try:
+            student = data_aided(teacher, free, WIDE, args.iters, args.seed, bar, **options).student
+        except FloatingPointError:
+            return torch.full_like(z, math.nan)
+        return toy_samples(student, z, 1)
+
+    jobs = {f"{sid:g}, {disc:g}": (args.iters, partial(aided, sid=sid, discriminator=disc)) for sid, disc in scales}
+    done = run_jobs(jobs)
+    exact = measure.scores(toy_samples(WIDE.predict, z, 64))["w2"]
+    rows = {"teacher, 64 steps": toy_samples(teacher, z, 64), "data-free student": toy_samples(free.student, z, 1)}
+    rows |= {f"data-aided, scales {name}": done[name] for name in jobs}
+    table = {name: measure.scores(x) for name, x in rows.items()}
+    print(f"\n{'':28}sliced W2 x exact  mass error  within 4 sigma")
+    for name, row in table.items():
+        print(f"{name:28}{row['w2'] / exact:17.2f}{row['mass_error']:12.1%}{row['within_4_sigma']:16.2%}")
+    sid_fm.write_json(args.out / "data.json", {"args": vars(args), "table": table, "exact": exact})
+    best = "data-aided, scales 0.03, 100"
+    panels = {"teacher: 1 : 2 : ... : 8": rows["teacher, 64 steps"], "data-free student": rows["data-free student"]}
+    panels |= {"data-aided student": rows[best], "adversarial term alone": rows["data-aided, scales 0, 100"]}
+    masses = {name: (x, WIDE.log_components(x, torch.zeros(len(x))).softmax(1).mean(0)) for name, x in panels.items()}
+    errors = {name.replace(", ", ",\n"): table[f"data-aided, scales {name}"]["mass_error"] for name in [*jobs][:-1]}
+    plot_masses(args.out / "data.png", masses, errors)
+
+
 def lag_toy(args: argparse.Namespace) -> None:
     """Distills one-step students with one and five updates of the fake network an iteration, at its
     usual rate and at a thirtieth of it, all with the same number of network evaluations."""
@@ -742,17 +820,18 @@ def parse() -> argparse.Namespace:
     add("--weight", choices=sid_fm.WEIGHTS, default="1/t", help="w(t) of the SiD or DMD loss (%(default)s)")
     add("--noise", choices=sid_fm.NOISES, default="fresh", help="between the student's steps (%(default)s)")
     add("--path", choices=T_END, default="rf", help="the teacher is trained on it (%(default)s)")
-    add("--iters", type=int, help="of distillation (2000; with --quick 300, with --sweep 1000)")
+    add("--iters", type=int, help="of distillation (2000; with --quick 300, with --sweep 1000, with --data 1100)")
     add("--seed", type=int, default=0, help="of all random numbers (%(default)s)")
     add("--out", type=Path, default=Path("runs/toy_2d"), help="folder of the figures (%(default)s)")
     add("--quick", action="store_true", help="a short run, 25 s")
     only = parser.add_mutually_exclusive_group().add_argument
     only("--check", action="store_true", help="the derivation alone; exit status 1 if a claim fails")
     only("--sweep", action="store_true", help="how sensitive the method is to its choices, 13 minutes")
+    only("--data", action="store_true", help="what real data add where the teacher is wrong, 2 minutes")
     only("--lag", action="store_true", help="one or five updates of the fake network, and one that lags, 2 minutes")
     args = parser.parse_args()
     if args.iters is None:
-        args.iters = 1000 if args.sweep else 300 if args.quick else 2000
+        args.iters = 1000 if args.sweep else 1100 if args.data else 300 if args.quick else 2000
     return args
 
 
@@ -760,10 +839,10 @@ def main() -> None:
     args = parse()
     with sid_fm.one_line_errors():
         sid_fm.check_numbers(args)
-        held = args.sweep or args.lag or check_all(args.seed)
+        held = args.sweep or args.lag or args.data or check_all(args.seed)
         if not args.check:
             args.out.mkdir(parents=True, exist_ok=True)
-            (sweep_toy if args.sweep else lag_toy if args.lag else run_toy)(args)
+            (sweep_toy if args.sweep else data_toy if args.data else lag_toy if args.lag else run_toy)(args)
     raise SystemExit(0 if held else 1)
 
 

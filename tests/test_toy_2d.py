@@ -640,6 +640,39 @@ def test_a_lagging_fake_network_is_updated_once_and_five_times(monkeypatch, tmp_
     assert (tmp_path / "lag.png").exists()
 
 
+def test_features_are_what_the_last_layer_sees():
+    net = toy_2d.Net()
+    x_t, t = torch.randn(5, 2), torch.rand(5)
+    v, hidden = net(x_t, t, features=True)
+    torch.testing.assert_close(v, net(x_t, t))
+    torch.testing.assert_close(net.last(hidden), v)
+
+
+def test_real_data_have_other_masses_than_the_teacher_s(monkeypatch, tmp_path, capsys):
+    """Each scale of the figure is a run of its own, which goes on from the data-free student and its
+    fake network, with samples of the even ring."""
+    monkeypatch.setattr(toy_2d, "TEACHER_ITERS", 40)
+    seen, distill = [], sid_fm.distill
+
+    def watched(*args, **options):
+        if "sid_scale" in options:
+            (_, (x_0, cond)), weights = next(args[4]), torch.cat([w.flatten() for w in args[2].parameters()])
+            masses = toy_2d.WIDE.log_components(x_0, torch.zeros(len(x_0))).softmax(1).mean(0)
+            assert cond is None and x_0.shape == (1024, 2) and (8 * masses - 1).abs().max() < 0.5
+            seen.append((options["sid_scale"], options["discriminator_scale"], float(weights.sum())))
+        return distill(*args, **options)
+
+    monkeypatch.setattr(sid_fm, "distill", watched)
+    assert main(monkeypatch, "--data", "--quick", "--iters", "2", "--out", tmp_path) == 0
+    scales = sorted((sid, disc) for sid, disc, _ in seen)
+    assert scales == sorted([(100, 1), (1, 1), (1, 100), (0.1, 100), (0.03, 100), (0, 100)])
+    assert len({weights for *_, weights in seen}) == 1
+    table, out = json.loads((tmp_path / "data.json").read_text())["table"], capsys.readouterr().out
+    assert len(table) == 2 + len(scales) and all(f"{name} " in out for name in table)
+    # 1 : 8 against 1 : 1, the heaviest is 78% too heavy and the lightest 78% too light
+    assert toy_2d.TILTED.weights[0] * 8 == toy_2d.TILTED.weights[7] and (tmp_path / "data.png").exists()
+
+
 def test_a_run_that_diverges_says_so(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(toy_2d, "TEACHER_ITERS", 40)
     monkeypatch.setattr(toy_2d, "check_all", lambda seed: True)
