@@ -1644,7 +1644,7 @@ def check_config(name: str, config: dict, read: Iterable[str], fixed: dict) -> N
 
 
 def read_scheduler(folder: Path, pipeline: str) -> dict:
-    """A pipeline's scheduler_config.json, if it is understood with that pipeline. Raises BadInput."""
+    """A pipeline's scheduler_config.json. Raises BadInput for one that is not understood."""
     config = read_json(folder / "scheduler" / "scheduler_config.json")
     name, kinds = config.get("_class_name"), {"SanaPipeline": (EULER, DPM), "SanaSprintPipeline": (SCM,)}
     kinds = kinds.get(pipeline, (EULER,))
@@ -2107,7 +2107,7 @@ def state_of(net: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tens
 
 
 def check_origin(origin: dict[str, int], former: dict[str, int]) -> None:
-    """Compares the fingerprints of what a run stands on with those of its beginning. Raises BadInput."""
+    """Compares the fingerprints of a run's networks with those at its start. Raises BadInput."""
     for role, x in former.items():
         if origin[role] != x:
             raise BadInput(f"--resume: the {role} that the run began with had other weights: restore them")
@@ -2429,7 +2429,7 @@ def read_captions(folder: Path) -> list[tuple[Path, str]]:
 
 
 def read_inputs(prompts: str | None, data: str | None) -> tuple[list[str], list[Path]]:
-    """Prompts of a file; or of a folder its captions, and the images; or neither. Raises BadInput."""
+    """Prompts of a file; or captions and images of a folder; or neither. Raises BadInput."""
     pairs = read_captions(Path(data)) if data else []
     return read_prompts(prompts) if prompts else [text for _, text in pairs], [image for image, _ in pairs]
 
@@ -2486,7 +2486,7 @@ class Inputs:
         self.once = 0 < len(prompts) <= self.length * batch * self.all_parts
 
     def take(self, first: int, count: int, order: str = "") -> list[list[int]]:
-        """The share of this process of batches first, first + 1, ... of the run: indices of prompts,
+        """This process's share of the batches first, first + 1, ... of the run: indices of prompts,
         each once an epoch. Where prompts are composed, item n is the n-th sample of the run."""
         (rank, world), total = rank_and_world(), len(self.prompts)
         places = [((first + i) * world + rank) * self.batch for i in range(count)]
@@ -2663,8 +2663,8 @@ def one_line_errors() -> Iterator[None]:
 
 
 def check_numbers(args: argparse.Namespace) -> None:
-    """Raises BadInput for numbers that can't be: not finite, a rate of 0, counts below 1 (a seed may
-    be 0)."""
+    """Raises BadInput for numbers that are not finite, a rate of 0, counts below 1 (a seed's 0 is
+    fine)."""
     for name, value in vars(args).items():
         least = 0 if name == "seed" else 1
         flag, rate = "--" + name.replace("_", "-"), name in ("lr", "fake_lr")
@@ -2806,8 +2806,8 @@ def say_memory(teacher: Teacher, parts: dict[str, float]) -> None:
 
 
 def sample(args: argparse.Namespace, teacher: Teacher, student: nn.Module | None) -> None:
-    """--sample: pictures of prompts, by the teacher's own sampler or by a student. Those of a file's
-    lines, @FILE, are numbered in a folder; prompts are encoded a stretch at a time."""
+    """--sample: pictures of prompts, by the teacher's own sampler or by a student. Pictures of a
+    file's lines, @FILE, are numbered in a folder; prompts are encoded a stretch at a time."""
     from PIL import Image
 
     if rank_and_world()[0] > 0:  # one process samples
@@ -2857,7 +2857,7 @@ def sample(args: argparse.Namespace, teacher: Teacher, student: nn.Module | None
 def evaluation_inputs(
     clip: str, device: torch.device, prompts: list[str], pictures: int, reference: str | None, seed: int
 ) -> tuple[CLIP, list[str], list[Path]]:
-    """CLIP, prompts (given or composed) for these pictures, the reference's files. Raises BadInput."""
+    """CLIP, prompts (given or composed), and the reference's files. Raises BadInput."""
     count, (files, out) = -(-pictures // SEEDS), pictures_in(Path(reference)) if reference else ([], {})
     say_left_out(f"{reference}: {len(files):,} images", out)
     chosen = [*dict.fromkeys(prompts)][:count] or [compose(f"evaluation {seed} {i}") for i in range(count)]

@@ -113,7 +113,7 @@ def held_weights(rng):
     optimizers = [torch.optim.SGD(net.parameters(), lr=1e-3) for net in (student, fake)]
     held = [*teacher.parameters(), *fake.parameters()]
     optimizers[0].register_step_pre_hook(lambda *_: reached.extend(w for w in held if w.grad is not None))
-    next(sid_fm.distill(teacher, student, fake, optimizers, [(None, None)], (8, 2), rng=rng))
+    next(sid_fm.distill(teacher, student, fake, optimizers, [(None, None)] * 2, (8, 2), rng=rng))
     yield "no gradient reaches teacher or fake network", len(reached), 0
 
 
