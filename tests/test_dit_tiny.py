@@ -296,3 +296,27 @@ def test_a_student_that_diverges_is_one_line(monkeypatch, tmp_path, capsys):
         main(monkeypatch, "--alpha", "1e30", "--teacher-iters", 3, "--iters", 6, "--samples", 100, "--out", tmp_path)
     message = capsys.readouterr().err.splitlines()[-1]
     assert stop.value.code == 1 and "diverged" in message and "alpha 1e+30" in message
+
+
+def test_what_guidance_does_in_each_place_is_a_run_of_its_own(monkeypatch, tmp_path, capsys):
+    """Eight triples by three seeds; the table has each one's median and range, and says of a student
+    that diverged that it has no number."""
+    seen, teacher = [], random_teacher()
+
+    def distilled(net, student, fake, rates, batches, shape, iters, seed, bar, **options):
+        assert net is teacher and student is not fake and options["steps"] == 1 and iters == 2
+        seen.append((options["guidance"], seed))
+        if options["guidance"] == (0, 0, 1):
+            raise FloatingPointError("a student diverged")
+        return argparse.Namespace(student=student)
+
+    monkeypatch.setattr(dit_tiny, "load_or_train_teacher", lambda args: teacher)
+    monkeypatch.setattr(dit_tiny, "distill_student", distilled)
+    main(monkeypatch, "--places", "--guidance", 3, "--iters", 2, "--samples", 100, "--seed", 5, "--out", tmp_path)
+    triples = [(1, 1, 1), (3, 3, 3), (3, 1, 1), (1, 3, 1), (1, 1, 3), (1, 3, 3), (0, 0, 1), (-1, -1, 1)]
+    assert sorted(seen) == sorted((three, seed) for three in triples for seed in (5, 6, 7))
+    rows = capsys.readouterr().out.splitlines()[2:-1]
+    assert len(rows) == 8 and [row.count("nan") for row in rows] == [0] * 6 + [9, 0]
+    notes = json.loads((tmp_path / "places.json").read_text())["results"]
+    middle = sorted(notes[f"nowhere, seed {seed}"][1] for seed in (5, 6, 7))[1]
+    assert f"{middle:.3f} (" in rows[0] and rows[2].split("  ")[0] == "training of the fake network"
