@@ -1848,9 +1848,11 @@ def load_student(folder_or_hub_id: str | Path, teacher: Teacher, mapped: bool = 
     folder = folder / "transformer" if (folder / "transformer").is_dir() else folder
     config, expected, kind = read_json(folder / "config.json"), teacher.dit.config, type(teacher.dit)
     defaults = {name: p.default for name, p in inspect.signature(kind).parameters.items()}
-    for key in ("_class_name", *(defaults.keys() - {"guidance_embeds", "timestep_scale", "sample_size"})):
+    own = ("guidance_embeds", "timestep_scale", "sample_size")  # in which Sprint's students differ
+    for key in ("_class_name", *(key for key in defaults if key not in own)):
         mine, its = (defaults.get(key) if x.get(key) is None else x[key] for x in (config, expected))
-        mine = mine.removesuffix("WithEncoder") if key == "_class_name" else mine  # data-aided, of the authors
+        if key == "_class_name":  # a data-aided student of the authors is a ...WithEncoder
+            mine = str(mine).removesuffix("WithEncoder")
         if json.dumps(mine) != json.dumps(its):
             raise BadInput(f"{folder} is another teacher's student: {key} is {mine}, and {teacher.name}'s {its}")
     net = load_network(folder, kind, teacher.device, teacher.dtype, mapped, _class_name=expected["_class_name"])
@@ -2838,7 +2840,8 @@ def sample(args: argparse.Namespace, teacher: Teacher, student: nn.Module | None
         net.register_forward_hook(lambda *_: bar.update() and None)  # a hook must return None
         for i in range(len(prompts)):
             if i % STRETCH == 0:
-                net.to("cpu") if i else None
+                if i:  # the text encoders take the network's place
+                    net.to("cpu")
                 cond = encode(prompts[i : i + STRETCH], encoder)
                 teacher.forget_text()
                 to_device(net, device, teacher.dtype)

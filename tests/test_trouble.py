@@ -764,6 +764,13 @@ def test_a_student_of_another_teacher_is_refused(copied, pipeline, changes, key)
     assert "\n" not in str(raised.value)
 
 
+def test_a_student_whose_config_names_no_class_is_refused(copied, pipeline):
+    folder = copied("sd3-medium") / "transformer"
+    edit(folder / "config.json", _class_name=None)
+    with pytest.raises(sid_fm.BadInput, match="_class_name is None"):
+        sid_fm.load_student(folder, sid_fm.load_teacher(pipeline("sd3-medium"), mapped=True))
+
+
 def test_a_student_whose_defaults_are_spelt_out_is_the_same(copied, pipeline):
     """Published files leave out keys that diffusers writes; the size that a student was drawn at
     is its own."""
