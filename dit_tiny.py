@@ -574,7 +574,7 @@ def study_places(args: argparse.Namespace) -> None:
     and in the teacher of the generator's loss, by three seeds each. Prints medians and ranges."""
     teacher, g, seeds = load_or_train_teacher(args), args.guidance, range(args.seed, args.seed + 3)
     measure, columns = PictureMeasure(args.samples, args.seed, args.device), ("all", "frechet", "diversity")
-    places = {  # (2505.12674) calls some of them by name
+    places = {  # the few-step paper (2505.12674) names the last two and the second
         "nowhere": (1, 1, 1),
         "in all three (long and short)": (g, g, g),
         "training of the fake network": (g, 1, 1),

@@ -2026,11 +2026,11 @@ def compile_blocks(net: nn.Module) -> None:
 def join(device: str) -> None:
     """Joins the processes that torchrun or another launcher started, if any did: they are told by
     RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT. On CUDA each has a GPU of its own."""
-    said = os.environ
-    many = {"RANK", "MASTER_ADDR", "MASTER_PORT"} <= said.keys() and int(said.get("WORLD_SIZE") or 1) > 1
+    env = os.environ
+    many = {"RANK", "MASTER_ADDR", "MASTER_PORT"} <= env.keys() and int(env.get("WORLD_SIZE") or 1) > 1
     if many and rank_and_world()[1] == 1:
-        place = int(said.get("LOCAL_RANK") or int(said["RANK"]) % max(1, torch.cuda.device_count()))
-        own = torch.device(device, place) if device == "cuda" else None
+        gpu = int(env.get("LOCAL_RANK") or int(env["RANK"]) % max(1, torch.cuda.device_count()))
+        own = torch.device(device, gpu) if device == "cuda" else None
         if own:
             torch.cuda.set_device(own)
         torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if own else "gloo", device_id=own)

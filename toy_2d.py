@@ -743,17 +743,16 @@ def data_toy(args: argparse.Namespace) -> None:
     """What real data add. The teacher has learnt a ring whose modes' masses are 1 : 2 : ... : 8;
     real data have equal masses. A data-free student can only be as wrong as its teacher."""
     samples, iters = (10_000, TEACHER_ITERS // 4) if args.quick else (50_000, TEACHER_ITERS)
-    measure, z = (
-        MixtureMeasure(WIDE, samples),
-        torch.randn(samples, 2, generator=torch.Generator().manual_seed(args.seed)),
-    )
+    measure = MixtureMeasure(WIDE, samples)
+    z = torch.randn(samples, 2, generator=torch.Generator().manual_seed(args.seed))
     teacher = run_jobs({"teacher": (iters, partial(toy_teacher, TILTED, "rf", iters, args.seed))})["teacher"]
     settings = {"law": SID_LAW, "weight": "1-t", "steps": 1}  # the authors' p(t) and w(t)
     free = partial(toy_student, teacher, args.iters, args.seed, **settings)
     free = run_jobs({"data-free student": (args.iters, free)})["data-free student"]
-    # Where the adversarial term has a say: its ratio to the SiD loss, and the discriminator's to
-    # the fake network's own loss, which is larger by far at the authors' scales.
-    scales = ((100, 1), (1, 1), (1, 100), (0.1, 100), (0.03, 100), (0, 100))  # 0: without the SiD loss
+    # Pairs of sid_scale and discriminator_scale. Under Adam the ratio of the losses counts, not their
+    # size: at (100, 1) the SiD loss is far larger than the adversarial term, and the fake network's
+    # own loss is far larger than the discriminator's. At 0 there is no SiD loss.
+    scales = ((100, 1), (1, 1), (1, 100), (0.1, 100), (0.03, 100), (0, 100))
 
     def aided(bar: tqdm, sid: float, discriminator: float) -> Tensor:
         options = {"sid_scale": sid, "discriminator_scale": discriminator, **settings}
