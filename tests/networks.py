@@ -1,10 +1,9 @@
-"""The eight teachers' networks without their files: configurations, random weights and conditions,
-and diffusers' networks with this project's face."""
+"""The eight teachers' networks without their files: configurations, random weights and
+conditions."""
 
 import inspect
 import zlib
 
-import diffusers
 import torch
 from torch import Tensor, nn
 
@@ -76,37 +75,3 @@ def random_conditions(config: dict, prompts: list[str], tokens: int) -> dict[str
     if "caption_channels" in config:
         cond["mask"] = torch.ones(len(prompts), tokens, dtype=torch.int64)
     return cond
-
-
-class OnDiffusers(nn.Module):
-    """A network of diffusers with the face v = net(x_t, t, cond): what its pipeline does around
-    it."""
-
-    def __init__(self, net: nn.Module):
-        super().__init__()
-        self.net = net
-
-    def forward(self, x_t: Tensor, t: Tensor, cond: dict, features: bool = False):
-        seen = []
-        if features:
-            hook = self.net.proj_out.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
-        kind, config, dtype = type(self.net).__name__, self.net.config, self.net.proj_out.weight.dtype
-        x, text = x_t.to(dtype), cond["text"].to(dtype)
-        if kind == CLASSES[SD3]:
-            v = self.net(x, text, cond["pooled"].to(dtype), 1000 * t).sample
-        elif kind == CLASSES[SANA]:
-            time, guidance = 1000 * config.timestep_scale * t, None
-            if config.guidance_embeds:  # a student of Sprint
-                time, guidance = t, config.guidance_embeds_scale * cond["guidance"]
-            v = self.net(x, text, time, guidance=guidance, encoder_attention_mask=cond["mask"]).sample
-        else:
-            (b, c, h, w), pipeline = x.shape, diffusers.FluxPipeline
-            ids = pipeline._prepare_latent_image_ids(b, h // 2, w // 2, x.device, x.dtype)
-            packed, text_ids = pipeline._pack_latents(x, b, c, h, w), x.new_zeros(text.shape[1], 3)
-            v = self.net(packed, text, cond["pooled"].to(dtype), t, ids, text_ids, cond["guidance"]).sample
-            v = pipeline._unpack_latents(v, 8 * h, 8 * w, 8)
-        v = v.to(x_t.dtype)
-        if not features:
-            return v
-        hook.remove()
-        return v, sid_fm.widen(seen[0]).mean(1)

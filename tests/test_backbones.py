@@ -6,7 +6,7 @@ import re
 import diffusers
 import pytest
 import torch
-from networks import OnDiffusers
+from oracle import NETWORKS, OnDiffusers, error
 from pipelines import FAMILIES
 
 import sid_fm
@@ -18,12 +18,8 @@ def pair(pipeline, family, dtype):
     """Our network and diffusers', with the same face and the same weights."""
     folder = pipeline("sana-sprint", guidance_embeds=True) if family == STUDENT else pipeline(family)
     name = family.split("-")[0].replace(".5", "")
-    ours, theirs = {
-        "sd3": (sid_fm.MMDiT, diffusers.SD3Transformer2DModel),
-        "flux": (sid_fm.FLUX, diffusers.FluxTransformer2DModel),
-        "sana": (sid_fm.SanaDiT, diffusers.SanaTransformer2DModel),
-    }[name]
-    oracle = theirs.from_pretrained(folder / "transformer").to(dtype)
+    ours = {"sd3": sid_fm.MMDiT, "flux": sid_fm.FLUX, "sana": sid_fm.SanaDiT}[name]
+    oracle = NETWORKS[name].from_pretrained(folder / "transformer").to(dtype)
     net = sid_fm.build_network(ours, dict(oracle.config)).to(dtype)
     net.load_state_dict(oracle.state_dict())
     return net, OnDiffusers(oracle)
@@ -47,10 +43,6 @@ def inputs(family, dtype, batch=2, size=(6, 8)):
     if family == "flux-dev":
         cond["guidance"] = torch.tensor([3.5, 1.0, 7.0])[:batch].to(dtype)
     return normal(batch, 16, *size), t, cond
-
-
-def error(a, b):
-    return ((a - b).abs().max() / b.abs().max()).item()
 
 
 @pytest.mark.parametrize("family", [*FAMILIES, STUDENT])

@@ -12,7 +12,18 @@ import diffusers
 import networks
 import pytest
 import torch
-from networks import OnDiffusers
+from oracle import (
+    NETWORKS,
+    OnDiffusers,
+    as_euler,
+    error,
+    from_latents,
+    sampling_options,
+    scheduler_times,
+    to_latents,
+    vae_decode,
+    vae_encode,
+)
 from pipelines import FAMILIES, randomise
 from safetensors.torch import load_file, save_file
 
@@ -21,11 +32,6 @@ from sid_fm import BadInput, load_student, load_teacher, save_student
 
 SPRINT_STUDENT = "sana-sprint student"
 PROMPTS = ["a red fox in the snow", "two ships"]
-CLASSES = {
-    "sd3": diffusers.SD3Transformer2DModel,
-    "flux": diffusers.FluxTransformer2DModel,
-    "sana": diffusers.SanaTransformer2DModel,
-}
 
 
 def folder_of(pipeline, family):
@@ -43,16 +49,11 @@ def loaded(pipeline):
             folder = folder_of(pipeline, family)
             oracle = diffusers.DiffusionPipeline.from_pretrained(folder)
             oracle.set_progress_bar_config(disable=True)
-            if family in ("sana", "sana-sprint"):
-                oracle.scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
+            oracle.scheduler = as_euler(oracle.scheduler)
             pairs[family] = load_teacher(folder), oracle
         return pairs[family]
 
     return get
-
-
-def error(a, b):
-    return ((a - b).abs().max() / b.abs().max()).item()
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -72,24 +73,13 @@ def test_sampling(loaded, family, steps):
     height, width = 4 * teacher.vae.downscale, 6 * teacher.vae.downscale
     z = noise(teacher, height, width)
     cond, uncond = teacher.encode_prompts(PROMPTS), teacher.encode_prompts([""])
-    options = {
-        "height": height,
-        "width": width,
-        "num_inference_steps": steps,
-        "output_type": "pt",
-        "guidance_scale": 4.5,
-    }
-    if family.startswith("sana"):
-        options["use_resolution_binning"] = False
-    rng = torch.Generator().manual_seed(5)
+    options = sampling_options(oracle, z, steps, torch.Generator().manual_seed(5))
+    options |= {"output_type": "pt", "guidance_scale": 3.5 if family == "flux-dev" else 4.5}
     if family == "flux-dev":
-        options |= {"guidance_scale": 3.5, "latents": oracle._pack_latents(z, *z.shape)}
         x = teacher.sample(z, cond, steps=steps)
     elif family == SPRINT_STUDENT:
-        options |= {"latents": z, "intermediate_timesteps": None, "generator": torch.Generator().manual_seed(5)}
-        x = teacher.sample(z, cond, steps=steps, rng=rng)
+        x = teacher.sample(z, cond, steps=steps, rng=torch.Generator().manual_seed(5))
     else:
-        options["latents"] = z
         x = teacher.sample(z, cond, uncond, steps, guidance=4.5)
     expected = torch.as_tensor(oracle(PROMPTS, **options).images)
     images = teacher.decode(x)
@@ -106,12 +96,9 @@ def test_a_student_samples_in_diffusers_as_here(pipeline, loaded, family, monkey
     student = load_student(pipeline(family), teacher)
     side = 4 * teacher.vae.downscale
     z = noise(teacher, side, side)
-    options = {"height": side, "width": side, "output_type": "pt", "guidance_scale": 1.0, "num_inference_steps": 4}
-    options |= {"sigmas": [1.0, 0.75, 0.5, 0.25], "latents": z}
-    if family == "sana":
-        options["use_resolution_binning"] = False
+    options = sampling_options(oracle, z, 4) | {"output_type": "pt", "guidance_scale": 1.0}
+    options["sigmas"] = [1.0, 0.75, 0.5, 0.25]
     if family == "flux-dev":  # its latents are packed, and so is its fresh noise
-        options["latents"] = oracle._pack_latents(z, *z.shape)
 
         def packed_noise(x, rng):
             return oracle._unpack_latents(torch.randn(options["latents"].shape), side, side, oracle.vae_scale_factor)
@@ -133,7 +120,7 @@ def test_sampling_in_float64(pipeline, family):
     folder = pipeline(family)
     teacher = load_teacher(folder, dtype=torch.float64)
     teacher.instruction = ""
-    net = OnDiffusers(CLASSES[teacher.family].from_pretrained(folder / "transformer").double())
+    net = OnDiffusers(NETWORKS[teacher.family].from_pretrained(folder / "transformer").double())
     vae = diffusers.AutoencoderDC if teacher.family == "sana" else diffusers.AutoencoderKL
     vae = vae.from_pretrained(folder / "vae").double()
     height, width = 4 * teacher.vae.downscale, 6 * teacher.vae.downscale
@@ -150,7 +137,7 @@ def test_sampling_in_float64(pipeline, family):
                 v_uncond = net(x, x.new_full((2,), t), uncond)
                 v = v_uncond + guidance * (v - v_uncond)
             x = x + (t_next - t) * v
-        expected = vae.decode(x / vae.config.scaling_factor + (vae.config.get("shift_factor") or 0)).sample
+        expected = vae_decode(vae, from_latents(vae, x))
     cond.pop("guidance", None)
     images = teacher.decode(teacher.sample(z, cond, uncond, 4, guidance))
     assert images.dtype == torch.float64
@@ -160,21 +147,9 @@ def test_sampling_in_float64(pipeline, family):
 @pytest.mark.parametrize("family", [*FAMILIES, SPRINT_STUDENT])
 def test_times_are_the_scheduler_s(loaded, family):
     teacher, oracle = loaded(family)
-    scheduler = oracle.scheduler
     for steps in (1, 2, 4, 20, 28):
         times = teacher.times(steps, (64, 96))
-        if family == SPRINT_STUDENT:
-            scheduler.set_timesteps(steps, max_timesteps=1.5708, intermediate_timesteps=1.3 if steps == 2 else None)
-            u = scheduler.timesteps
-            expected = u.sin() / (u.sin() + u.cos())
-        elif family == "flux-dev":
-            tokens = (64 // 16) * (96 // 16)
-            mu = diffusers.pipelines.flux.pipeline_flux.calculate_shift(tokens)
-            scheduler.set_timesteps(sigmas=torch.linspace(1, 1 / steps, steps).tolist(), mu=mu)
-            expected = scheduler.sigmas
-        else:
-            scheduler.set_timesteps(steps)
-            expected = scheduler.sigmas
+        expected = scheduler_times(oracle.scheduler, steps, (64 // 16) * (96 // 16))
         assert times.shape == (steps + 1,)
         assert times[-1] == 0
         assert (times - expected).abs().max() < 1e-6, steps  # float32
@@ -208,13 +183,12 @@ def test_encode(loaded, family):
     teacher, oracle = loaded(family)
     images = torch.rand(2, 3, 64, 96) * 2 - 1
     with torch.no_grad():
-        out, config = oracle.vae.encode(images), oracle.vae.config
-        z = out.latent if hasattr(out, "latent") else out.latent_dist.mode()
-        expected = (z - (config.get("shift_factor") or 0)) * config.scaling_factor
+        z = vae_encode(oracle.vae, images)
+        expected = to_latents(oracle.vae, z)
         latents = teacher.encode(images)
         assert latents.shape == (2, *teacher.latent_shape((64, 96)))
         assert error(latents, expected) < 1e-5
-        assert error(teacher.decode(latents), oracle.vae.decode(z).sample) < 1e-5
+        assert error(teacher.decode(latents), vae_decode(oracle.vae, z)) < 1e-5
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -233,7 +207,7 @@ def test_true_size(name):
     (family, kind, _), config = sid_fm.PIPELINES[pipeline], networks.network_config(pipeline, changes)
     with torch.device("meta"):
         net = sid_fm.build_network(kind, config)
-        oracle = CLASSES[family].from_config(config)
+        oracle = NETWORKS[family].from_config(config)
     shapes = {key: value.shape for key, value in net.state_dict().items()}
     assert shapes == {key: value.shape for key, value in oracle.state_dict().items()}
     assert round(sum(p.numel() for p in net.parameters()) / 1e9, 2) == BILLIONS[name]
@@ -388,7 +362,7 @@ def test_a_saved_student_opens_in_diffusers_and_here(loaded, family, tmp_path):
     student = randomise(copy.deepcopy(teacher.dit), 7)
     save_student(student, teacher, tmp_path / "student")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["student"]
-    oracle = CLASSES[teacher.family].from_pretrained(tmp_path / "student")
+    oracle = NETWORKS[teacher.family].from_pretrained(tmp_path / "student")
     written = {key: value for key, value in teacher.dit.config.items() if key in oracle.config and key[0] != "_"}
     assert {key: list(x) if isinstance(x := oracle.config[key], tuple) else x for key in written} == written
     mine, theirs = student.state_dict(), oracle.state_dict()

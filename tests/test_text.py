@@ -10,6 +10,7 @@ import diffusers
 import pytest
 import torch
 import transformers
+from oracle import encode_prompt, error
 from pipelines import FAMILIES
 from safetensors.torch import load_file, save_file
 
@@ -19,11 +20,6 @@ LONG = "a red fox in the snow, " * 60
 PROMPTS = ["", "A red fox sitting in the snow!", "  Ünïcode: 狐狸 🦊 лиса  ", "an oil painting of two ships, " * 5]
 INSTRUCTION = ["Given a prompt, describe a picture.", "- A photograph of a red fox.", "User Prompt: "]
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10}
-
-
-def error(a, b):
-    assert a.shape == b.shape and a.dtype == b.dtype
-    return ((a - b).abs().max() / b.abs().max()).item()
 
 
 def short(family):
@@ -45,29 +41,11 @@ def load(pipeline):
     return get
 
 
-@torch.no_grad()
-def oracle_cond(oracle, prompts, instruction=INSTRUCTION, **kwargs):
-    """What the pipeline itself encodes. SANA's takes the empty prompt as a negative one, which goes
-    bare."""
-    if isinstance(oracle, diffusers.StableDiffusion3Pipeline):
-        text, _, pooled, _ = oracle.encode_prompt(prompts, None, None, do_classifier_free_guidance=False, **kwargs)
-        return {"text": text, "pooled": pooled}
-    if isinstance(oracle, diffusers.FluxPipeline):
-        text, pooled, _ = oracle.encode_prompt(prompts, **kwargs)
-        return {"text": text, "pooled": pooled}
-    if isinstance(oracle, diffusers.SanaSprintPipeline):
-        text, mask = oracle.encode_prompt(prompts, complex_human_instruction=instruction, **kwargs)
-        return {"text": text, "mask": mask}
-    text, mask, bare, bare_mask = oracle.encode_prompt(prompts, complex_human_instruction=instruction, **kwargs)
-    empty = torch.tensor([not prompt.strip() for prompt in prompts])
-    text, mask = torch.where(empty[:, None, None], bare, text), torch.where(empty[:, None], bare_mask, mask)
-    return {"text": text, "mask": mask}
-
-
 def assert_equal(ours, oracle, dtype=torch.float32):
     assert ours.keys() == oracle.keys()
     for key in ours:
         assert not ours[key].requires_grad
+        assert ours[key].dtype == oracle[key].dtype
         assert error(ours[key], oracle[key]) <= TOLERANCE[dtype], key
 
 
@@ -76,7 +54,7 @@ def assert_equal(ours, oracle, dtype=torch.float32):
 def test_equals_encode_prompt(load, family, dtype):
     oracle, ours = load(family, dtype)
     cond = ours(PROMPTS)
-    assert_equal(cond, oracle_cond(oracle, PROMPTS), dtype)
+    assert_equal(cond, encode_prompt(oracle, PROMPTS, INSTRUCTION), dtype)
     length = TEXT_LENGTH[short(family)] + (77 if short(family) == "sd3" else 0)
     assert cond["text"].shape[:2] == (len(PROMPTS), length) and cond["text"].dtype == dtype
     for i, prompt in enumerate(PROMPTS):  # a prompt's condition does not depend on its company
@@ -88,7 +66,7 @@ def test_cuts_and_warns_once_for_each_encoder(load, family):
     oracle, ours = load(family)
     with pytest.warns(UserWarning, match="prompts are cut") as caught:
         cond = ours(["a fox", LONG])
-    assert_equal(cond, oracle_cond(oracle, ["a fox", LONG]))
+    assert_equal(cond, encode_prompt(oracle, ["a fox", LONG], INSTRUCTION))
     length = TEXT_LENGTH[short(family)]
     limits = {  # encoder: tokens it reads
         "sd3": {"text_encoder": 77, "text_encoder_2": 77, "text_encoder_3": length},
@@ -114,7 +92,7 @@ def test_length(load, family):
     oracle, ours = load(family)
     prompts = ["a red fox", "the portrait of a cat"]
     cond = ours(prompts, max_length=77)
-    assert_equal(cond, oracle_cond(oracle, prompts, max_sequence_length=77))
+    assert_equal(cond, encode_prompt(oracle, prompts, INSTRUCTION, max_sequence_length=77))
     assert cond["text"].shape[1] == 77 + 77 * (short(family) == "sd3")
 
 
@@ -125,7 +103,7 @@ def test_instruction_of_diffusers_and_none(pipeline, load, pipeline_class):
     assert find_instruction() == "\n".join(lines)
     for instruction in (lines, None):
         ours = TextEncoders(pipeline("sana"), "sana", instruction="\n".join(instruction or []))
-        assert_equal(ours(PROMPTS[1:2]), oracle_cond(oracle, PROMPTS[1:2], instruction))
+        assert_equal(ours(PROMPTS[1:2]), encode_prompt(oracle, PROMPTS[1:2], instruction))
 
 
 def test_find_instruction_without_diffusers(monkeypatch):
@@ -142,7 +120,7 @@ def test_sd3_without_t5(pipeline, load, tmp_path):
     )
     oracle = diffusers.DiffusionPipeline.from_pretrained(folder, text_encoder_3=None, tokenizer_3=None)
     cond = TextEncoders(folder, "sd3")(PROMPTS)
-    assert_equal(cond, oracle_cond(oracle, PROMPTS))
+    assert_equal(cond, encode_prompt(oracle, PROMPTS, INSTRUCTION))
     assert cond["text"][:, 77:].eq(0).all() and cond["text"].shape[1] == 77 + 256
 
 
@@ -152,7 +130,7 @@ def test_reads_a_variant_and_never_a_pickle(pipeline, load, tmp_path):
     for name in ("text_encoder", "text_encoder_2"):
         weights = folder / name / "model.safetensors"
         weights.rename(weights.with_name("model.fp16.safetensors"))
-    assert_equal(TextEncoders(folder, "flux")(PROMPTS), oracle_cond(oracle, PROMPTS))
+    assert_equal(TextEncoders(folder, "flux")(PROMPTS), encode_prompt(oracle, PROMPTS, INSTRUCTION))
     for name in ("pytorch_model.bin", "pytorch_model.fp16.bin"):
         torch.save(oracle.text_encoder.state_dict(), folder / "text_encoder" / name)
     (folder / "text_encoder" / "model.fp16.safetensors").unlink()
