@@ -20,6 +20,17 @@ def pytest_configure(config):
     config.addinivalue_line("markers", 'slow: runs in CI with the rest; `pytest -m "not slow"` leaves it out')
 
 
+def pytest_addoption(parser):
+    group = parser.getgroup("tests/test_real.py: a teacher's real files against diffusers")
+    group.addoption("--teacher", metavar="NAME", help="a name of sid_fm.NAMES, or the folder of a pipeline")
+    group.addoption("--oracle", metavar="FOLDER", help="what diffusers reads; default: the teacher's files")
+    group.addoption("--student", metavar="HUB_ID", help="a student too, by its repository or folder")
+    parts = ["files", "text", "velocity", "vae", "sampler"]
+    group.addoption("--part", choices=parts, help="this part alone; default: all")
+    group.addoption("--device", choices=["cpu", "cuda"], help="default: cpu, or cuda if memory is not enough")
+    group.addoption("--out", metavar="FILE.png", help="the picture; default: runs/real-NAME.png")
+
+
 @pytest.fixture(scope="session")
 def pipeline(tmp_path_factory):
     """pipeline(family) -> the folder of that family's tiny pipeline (tests/pipelines.py). To be
