@@ -75,7 +75,6 @@ sys.path[:0] = [str(Path(__file__).parent.parent), str(Path(__file__).parent)]
 
 from networks import TEACHERS, network_config, random_conditions, random_network
 from oracle import OnDiffusers
-from pipelines import randomise
 
 import sid_fm
 
