@@ -266,10 +266,10 @@ def sid_loss(
 
     What alpha does to the gradient: grad holds psi, while d/dtheta lets psi*(theta) move. At psi*
 
-        dL/dtheta = grad L1 + 2c = grad L2 + c,    grad L_alpha = (dL/dtheta)/2 + (1/2 - alpha) grad L1
+        dL/dtheta = grad L1 + 2r = grad L2 + r,    grad L_alpha = (dL/dtheta)/2 + (1/2 - alpha) grad L1
 
-    where c is what flows through psi*(theta) in L2. So alpha = 1/2 gives half of dL/dtheta, without
-    bias, and alpha = 1 gives c: all that grad L2 leaves out, and half of what grad L1 leaves out.
+    where r is what flows through psi*(theta) in L2. So alpha = 1/2 gives half of dL/dtheta, without
+    bias, and alpha = 1 gives r: all that grad L2 leaves out, and half of what grad L1 leaves out.
     What alpha does to the value: at psi* L1 = L2 = L, so at alpha = 1, where L_alpha is E[w (f_phi
     - f_psi)^T (f_psi - x_g)], it hovers around zero. Watch L1 for convergence.
 
@@ -317,7 +317,7 @@ def adversarial_loss(features_fake: Tensor, size: int, w: Tensor) -> Tensor:
 NOISES = ("fresh", "fixed", "ddim")
 LOSSES = ("sid", "dmd")
 SID_LAW = (math.log(2), 1.6)  # the authors' times: t = sigmoid(n), n ~ N(log 2, 1.6^2)
-T_MIN = 1e-3  # where uniform times begin: Rectified Flow's c_v = 1 / t^2 has no integral down to 0
+T_MIN = 1e-3  # where uniform times begin: Rectified Flow's weight on |D^ - x_0|^2, 1/t^2, has no integral
 
 
 class SharedGenerator(torch.Generator):

@@ -413,22 +413,25 @@ def test_a_guided_score_is_that_of_no_noisy_data(float64):
 @pytest.mark.parametrize("name", toy_2d.MIXTURES)
 def test_mixtures_are_densities_and_their_samples_follow_them(name):
     mixture = toy_2d.MIXTURES[name]
-    axis = torch.linspace(-2, 2, 401)
+    axis = torch.linspace(-4, 4, 401)
     log_p = mixture.log_components(torch.cartesian_prod(axis, axis), torch.zeros(401**2)).logsumexp(1)
     assert abs(torch.trapezoid(torch.trapezoid(log_p.exp().reshape(401, 401), axis), axis) - 1) < 1e-4
     assert holds(mean_is_zero("x_0", mixture.sample(20_000, rng()) - mixture.weights @ mixture.means))
 
 
 def measure_of(name="ring", samples=20_000, directions=64):
-    return toy_2d.MixtureMeasure(toy_2d.MIXTURES[name], samples, directions)
+    return toy_2d.MixtureMeasure(toy_2d.MIXTURES[name], torch.randn(samples, 2, generator=rng(1)), directions)
 
 
 def test_measure_against_closed_forms():
     measure = measure_of()
     mixture, x = measure.mixture, measure.mixture.sample(20_000, rng())
     good = measure.scores(x)
-    assert good["w2"] < 0.03 and good["mass_error"] < 0.1
-    assert abs(good["within_4_sigma"] - (1 - math.exp(-8))) < 5e-4
+    assert good["w2"] < 0.06 and good["mass_error"] < 0.1
+    for n in (3, 4):
+        assert abs(good[f"within_{n}_sigma"] - (1 - math.exp(-(n**2) / 2))) < 3e-3 / (n - 2)
+    exact = measure.scores(toy_2d.toy_samples(mixture.predict, measure.z, 64))
+    assert exact["ratio"] == 1 and good["ratio"] == good["w2"] / exact["w2"]
     # a shift by d adds d^2 / 2 to the squared distance, averaged over directions
     shifted = measure.scores(x + torch.tensor([0.3, -0.4]))["w2"]
     assert abs(shifted - math.sqrt(0.5**2 / 2)) < 0.03
@@ -456,10 +459,10 @@ def test_quantiles_are_those_of_the_projected_mixture(name):
 
 def test_distillation_moves_the_student_to_the_data():
     """SiD and DMD, one step and few: from the teacher's one-step blur most of the way to the data."""
-    measure, z = measure_of(samples=10_000), torch.randn(10_000, 2, generator=rng(1))
+    measure = measure_of(samples=10_000)
 
     def w2(net, steps):
-        return measure.scores(toy_2d.toy_samples(net, z, steps, "fresh"))["w2"]
+        return measure.scores(toy_2d.toy_samples(net, measure.z, steps, "fresh"))["w2"]
 
     teacher = toy_2d.toy_teacher(measure.mixture, "rf", 500, 0, HIDDEN)
     start = w2(teacher, 1)
@@ -604,12 +607,33 @@ def test_a_short_run_plots_and_tabulates_and_a_seed_fixes_it(monkeypatch, tmp_pa
 
 
 def test_the_sweep_prints_its_tables(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(toy_2d, "TEACHER_ITERS", 40)
-    assert main(monkeypatch, "--sweep", "--quick", "--iters", "2", "--out", tmp_path) == 0
-    ratios = json.loads((tmp_path / "sweep.json").read_text())
-    assert len(ratios) == 4 * 7 + 3 * 3 + 4 * 3 and {"alpha = 0.5, 1/t", "DMD, seed 2"} <= ratios.keys()
+    """Each cell has three seeds; a student that skips an update, and one that ends worse than its
+    teacher's one step, are counted as diverged."""
+    monkeypatch.setattr(toy_2d, "TEACHER_ITERS", 200)
+    seen, student = [], toy_2d.toy_student
+
+    def watched(teacher, iters, seed, bar, **options):
+        seen.append((seed, options))
+        if options.get("weight") == "snr" and seed == 1:
+            raise FloatingPointError("a student diverged")
+        run = student(teacher, iters, seed, bar, **options)
+        if options.get("loss") == "dmd":
+            run.student.last.bias.data += 100
+        return run
+
+    monkeypatch.setattr(toy_2d, "toy_student", watched)
+    assert main(monkeypatch, "--sweep", "--quick", "--iters", "3", "--out", tmp_path) == 0
+    cells = json.loads((tmp_path / "sweep.json").read_text())["cells"]
+    assert len(cells) == 4 * 5 + 3 * 7 and len(seen) == 3 * len(cells)
+    assert {seed for seed, _ in seen} == {0, 1, 2}
+    assert {"steps": 4, "law": None, "noise": "fresh"} in [options for _, options in seen]
+    for name, cell in cells.items():
+        failed = 3 if "DMD" in name else 1 if "snr" in name else 0
+        assert cell["diverged"] == failed and (cell["ratio"] is None) == (failed == 3)
     out = capsys.readouterr().out
-    assert (tmp_path / "sweep.png").exists() and "49 students" in out and f"{ratios['DMD, seed 2']:14.2f}" in out
+    assert (tmp_path / "sweep.png").exists() and "123 students of 3 iterations" in out
+    text = toy_2d.cell_text(cells["SiD, alpha = 0.0, snr"]).replace("\n", ", ")
+    assert text in out and text.endswith("1 of 3 div.")
 
 
 def test_a_lagging_fake_network_is_updated_once_and_five_times(monkeypatch, tmp_path, capsys):
@@ -657,7 +681,7 @@ def test_real_data_have_other_masses_than_the_teacher_s(monkeypatch, tmp_path, c
     def watched(*args, **options):
         if "sid_scale" in options:
             (_, (x_0, cond)), weights = next(args[4]), torch.cat([w.flatten() for w in args[2].parameters()])
-            masses = toy_2d.WIDE.log_components(x_0, torch.zeros(len(x_0))).softmax(1).mean(0)
+            masses = toy_2d.MIXTURES["ring"].log_components(x_0, torch.zeros(len(x_0))).softmax(1).mean(0)
             assert cond is None and x_0.shape == (1024, 2) and (8 * masses - 1).abs().max() < 0.5
             seen.append((options["sid_scale"], options["discriminator_scale"], float(weights.sum())))
         return distill(*args, **options)
@@ -669,8 +693,7 @@ def test_real_data_have_other_masses_than_the_teacher_s(monkeypatch, tmp_path, c
     assert len({weights for *_, weights in seen}) == 1
     table, out = json.loads((tmp_path / "data.json").read_text())["table"], capsys.readouterr().out
     assert len(table) == 2 + len(scales) and all(f"{name} " in out for name in table)
-    # 1 : 8 against 1 : 1, the heaviest is 78% too heavy and the lightest 78% too light
-    assert toy_2d.TILTED.weights[0] * 8 == toy_2d.TILTED.weights[7] and (tmp_path / "data.png").exists()
+    assert (tmp_path / "data.png").exists()
 
 
 def test_a_run_that_diverges_says_so(monkeypatch, tmp_path, capsys):
