@@ -1,10 +1,10 @@
-"""Score distillation of flow-matching models (SiD-DiT, arXiv 2509.25127), to read beside the paper.
+"""This file implements score distillation of flow-matching models (SiD-DiT, arXiv 2509.25127).
 
-     1. Paths         one view of diffusion and flow matching: Bayes' rule          (paper, section 2)
+     1. Paths         one view of diffusion and flow matching: Bayes' rule  (paper, section 2)
      2. Losses        the SiD loss, DMD for comparison, the adversarial pair       (section 3)
      3. Loop          few-step generation, and the training loop of every script   (section 3)
 
-The paper ends here. The rest runs it on the teachers of its experiments:
+These three chapters are the paper. The others apply it to the teachers of its experiments:
 
      4. Backbones     MMDiT (SD3, SD3.5), FLUX, SANA's linear DiT, in plain PyTorch
      5. Autoencoders  KL (SD3, FLUX) and DC-AE (SANA)
@@ -15,12 +15,12 @@ The paper ends here. The rest runs it on the teachers of its experiments:
     10. Inputs        prompts and pictures, encoded as a run needs them; figures
     11. Command line  python sid_fm.py --teacher sd3-medium
 
-Notation, as in the paper: x_0 is clean data, e ~ N(0, I) noise, x_t = a(t) x_0 + s(t) e the noisy
-sample. D(x_t, t) = E[x_0 | x_t] is the posterior mean; f_phi is the teacher's D, f_psi the fake
-network's, x_g = G_theta(z) the generator's output. lambda = log(a^2 / s^2) is the log-SNR.
+The notation is the paper's. x_0 is clean data, e ~ N(0, I) is noise, and x_t = a(t) x_0 + s(t) e
+is the noisy sample. D(x_t, t) = E[x_0 | x_t] is the posterior mean. f_phi is the teacher's D, f_psi
+is the fake network's D, and x_g = G_theta(z) is the generator's output.
 
-Every network has one face: v = net(x_t, t, cond), the velocity out, t in [0, 1] on the Rectified
-Flow path, cond a dict of tensors (batch first) or None. Tensors are [B, ...] and times [B].
+Every network has one interface, v = net(x_t, t, cond), where v is the velocity on the Rectified
+Flow path. x_t, v: [B, ...]; t: [B], in [0, 1]; cond: a dict of tensors (batch first), or None.
 """
 
 import argparse
@@ -56,27 +56,28 @@ from tqdm import tqdm
 # ----------------------------------------------------------------------------------------------------------------------
 # 1. Paths: Gaussian diffusion and flow matching are one model (paper, section 2)
 # ----------------------------------------------------------------------------------------------------------------------
-# Two facts are used: x_t is Gaussian given x_0, and a squared error is minimised by a conditional
-# expectation. No ODE or SDE is needed. It follows that every quantity a network may predict is a
-# linear function of x_t and of D(x_t, t).
+# Two facts are enough: x_t is Gaussian given x_0, and a conditional expectation minimises a squared
+# error. No ODE or SDE is needed. It follows that every quantity that a network may predict is a
+# linear function of x_t and D(x_t, t).
 
-T_END = {"rf": 1.0, "trig": math.pi / 2, "vp": 1.0, "ve": 80.0}  # vp, ve: there a > 0
+T_END = {"rf": 1.0, "trig": math.pi / 2, "vp": 1.0, "ve": 80.0}  # vp and ve end before pure noise
 VP_BETA_MIN, VP_BETA_SLOPE = 0.1, 19.9  # the score SDE's beta(t), from 0.1 to 20
 
 
 def check_choice(what: str, name: str, choices: Iterable[str]) -> None:
-    """Raises ValueError unless `name` is one of `choices`."""
+    """Raises ValueError unless `name` is one of `choices`. `what` names it in the message."""
     if name not in choices:
         raise ValueError(f"unknown {what} {name!r}: choose from {', '.join(choices)}")
 
 
 def match_dims(t: Tensor, x: Tensor) -> Tensor:
-    """Gives t: [B] the shape [B, 1, ...], so that it broadcasts over x: [B, ...]."""
+    """Reshapes t: [B] to [B, 1, ...], so that it broadcasts over x: [B, ...]."""
     return t.reshape(-1, *[1] * (x.ndim - 1))
 
 
 def path_terms(t: Tensor, path: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """a(t), s(t) of x_t = a x_0 + s e, and their derivatives a', s'. Raises ValueError."""
+    """Returns a(t), s(t) of x_t = a(t) x_0 + s(t) e, and the derivatives a', s', in the shape of t.
+    Raises ValueError for an unknown path."""
     check_choice("path", path, T_END)
     if path == "rf":  # Rectified Flow
         return 1 - t, t, -torch.ones_like(t), torch.ones_like(t)
@@ -86,35 +87,34 @@ def path_terms(t: Tensor, path: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         beta, B = VP_BETA_MIN + VP_BETA_SLOPE * t, VP_BETA_MIN * t + VP_BETA_SLOPE * t**2 / 2
         a, s = (-B / 2).exp(), (-torch.expm1(-B)).sqrt()
         return a, s, -beta * a / 2, beta * a**2 / (2 * s)
-    # "ve", variance exploding, as EDM has it: t is the noise level sigma
+    # "ve", variance exploding, as in EDM: t is the noise level sigma
     return torch.ones_like(t), t, torch.zeros_like(t), torch.ones_like(t)
 
 
 def time_at(a: Tensor, s: Tensor, path: str) -> Tensor:
-    """The t with a(t) / s(t) equal to the given a / s, clamped to the path's end on vp and ve."""
+    """Returns the t where a(t) / s(t) = a / s. On vp and ve it is clamped to the path's end."""
     check_choice("path", path, T_END)
     if path == "rf":
         return s / (a + s)
     if path == "trig":
         return torch.atan2(s, a)
-    if path == "vp":  # invert B(t), a quadratic
+    if path == "vp":  # invert B(t), which is quadratic
         B = torch.log1p((s / a) ** 2).clamp(max=VP_BETA_MIN + VP_BETA_SLOPE / 2)
         return 2 * B / (VP_BETA_MIN + (VP_BETA_MIN**2 + 2 * VP_BETA_SLOPE * B).sqrt())
     return (s / a).clamp(max=T_END["ve"])
 
 
 def add_noise(x_0: Tensor, e: Tensor, t: Tensor, path: str = "rf") -> Tensor:
-    """x_t = a(t) x_0 + s(t) e.  x_0, e: [B, ...], t: [B]."""
+    """Returns x_t = a(t) x_0 + s(t) e. x_0, e: [B, ...], t: [B]."""
     a, s, _, _ = path_terms(match_dims(t, x_0), path)
     return a * x_0 + s * e
 
 
 def prediction_row(kind: str, a: Tensor, s: Tensor, da: Tensor, ds: Tensor) -> tuple[Tensor, Tensor]:
-    """A network of this kind predicts E[p x_0 + q e | x_t]. Returns p and q.
+    """Returns p and q of a network of this kind, which predicts E[p x_0 + q e | x_t].
 
     x0: (1, 0).  eps: (0, 1).  v = E[dx_t/dt | x_t]: (a', s').  score = grad log p_t = -E[e | x_t] /
-    s (Tweedie).
-    """
+    s (Tweedie's formula): (0, -1/s)."""
     zero, one = torch.zeros_like(a), torch.ones_like(a)
     rows = {"x0": (one, zero), "eps": (zero, one), "v": (da, ds), "score": (zero, -1 / s)}
     check_choice("prediction", kind, rows)
@@ -122,17 +122,17 @@ def prediction_row(kind: str, a: Tensor, s: Tensor, da: Tensor, ds: Tensor) -> t
 
 
 def convert(pred: Tensor, x_t: Tensor, t: Tensor, path: str, src: str, dst: str) -> Tensor:
-    """Turns one prediction into another at the same x_t: src, dst in "x0", "eps", "v", "score".
+    """Turns one prediction into another at the same x_t. src, dst: "x0", "eps", "v", "score".
 
-    In conditional expectation, pred = p x_0 + q e and x_t = a x_0 + s e. This solves for (x_0, e)
-    by Cramer's rule, and puts them into dst = p_dst x_0 + q_dst e:
+    In conditional expectation, pred = p x_0 + q e and x_t = a x_0 + s e. Cramer's rule solves for
+    x_0 and e. Inserted into dst = p_dst x_0 + q_dst e, they give
         dst = [(p_dst q - q_dst p) x_t + (a q_dst - s p_dst) pred] / (a q - s p)
     With D = E[x_0 | x_t]: E[e | x_t] = (x_t - a D) / s, score = (a D - x_t) / s^2, and v = a' D +
     s' E[e | x_t]. On Rectified Flow D = x_t - t v, on TrigFlow D = cos(t) x_t - sin(t) v.
 
-    pred, x_t: [B, ...], t: [B]. Where a = 0, eps and score do not determine D; where s = 0, x0 does
-    not determine E[e | x_t]: the result there is NaN, infinite or rounding. Raises ValueError.
-    """
+    pred, x_t: [B, ...], t: [B]. Where a = 0, eps and score do not determine D. Where s = 0, x0 does
+    not determine E[e | x_t]. The result there is NaN, infinite or inexact. Raises ValueError for an
+    unknown path or prediction."""
     a, s, da, ds = path_terms(match_dims(t, x_t), path)
     p, q = prediction_row(src, a, s, da, ds)
     p_dst, q_dst = prediction_row(dst, a, s, da, ds)
@@ -142,16 +142,15 @@ def convert(pred: Tensor, x_t: Tensor, t: Tensor, path: str, src: str, dst: str)
     return (p_dst * q - q_dst * p) / determinant * x_t + (a * q_dst - s * p_dst) / determinant * pred
 
 
-# At equal signal-to-noise ratio the variables of two paths differ by a scale, and D is the same.
+# At equal signal-to-noise ratio, the variables of two paths differ by a scale only. D is the same.
 
 
 def equal_snr(x_t: Tensor, t: Tensor, src: str, dst: str) -> tuple[Tensor, Tensor]:
-    """Maps (x_t, t) to (X_u, u) on path dst, with a(t)/s(t) = A(u)/S(u), X_u = (S/s) x_t. Needs t >
-    0.
+    """Maps (x_t, t) to (X_u, u) on path dst, where a(t)/s(t) = A(u)/S(u) and X_u = (S/s) x_t.
 
-    A/a in place of S/s would be 0/0 at pure noise, where generation starts. The paths vp and ve end
-    at Rectified Flow t = 0.99347 and 0.98765: later times are clamped there, and D is approximate.
-    """
+    x_t: [B, ...]; t: [B], above 0. The factor is S/s because A/a is 0/0 at pure noise, where
+    generation starts. The paths vp and ve end at Rectified Flow t = 0.99347 and 0.98765. Later
+    times are clamped to these ends, and D is then approximate."""
     a, s, _, _ = path_terms(t, src)
     u = time_at(a, s, dst)
     _, S, _, _ = path_terms(u, dst)
@@ -159,7 +158,7 @@ def equal_snr(x_t: Tensor, t: Tensor, src: str, dst: str) -> tuple[Tensor, Tenso
 
 
 class RectifiedFlowView(nn.Module):
-    """A network that predicts `predicts` on `path`, seen as a Rectified Flow network."""
+    """Wraps a network that predicts `predicts` on `path` as a Rectified Flow network."""
 
     def __init__(self, net: nn.Module, path: str, predicts: str):
         super().__init__()
@@ -174,20 +173,20 @@ class RectifiedFlowView(nn.Module):
 
 
 def as_rectified_flow(net: nn.Module, path: str, predicts: str = "v") -> nn.Module:
-    """A network trained on any path, seen through the equal-SNR map; it shares the weights of
-    `net`.
+    """Turns a network trained on any path into a Rectified Flow network by the equal-SNR map. The
+    result shares the weights of `net`.
 
-    No teacher of the paper needs it. A SANA-Sprint teacher is a Rectified Flow network too:
-    TrigFlow is how its pipeline calls it."""
+    No teacher of the paper needs this. A SANA-Sprint teacher is a Rectified Flow network too: its
+    pipeline only calls it through TrigFlow."""
     return net if (path, predicts) == ("rf", "v") else RectifiedFlowView(net, path, predicts)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # 2. Losses: score identity distillation (paper, section 3)
 # ----------------------------------------------------------------------------------------------------------------------
-# f_psi* = E[x_g | x_t] is the best fake network for the present generator, and the loss that is
-# wanted is the Fisher divergence in D-space, L = E[w |f_phi - f_psi*|^2]. Score identity: for any
-# u, E[u(x_t)^T f_psi*] = E[u(x_t)^T x_g]. With u = w (f_phi - f_psi*) it turns L into L2 below.
+# f_psi* = E[x_g | x_t] is the optimal fake network for the current generator. We want to minimise
+# the Fisher divergence in D-space, L = E[w |f_phi - f_psi*|^2]. By the score identity, for any u,
+# E[u(x_t)^T f_psi*] = E[u(x_t)^T x_g]. With u = w (f_phi - f_psi*) it turns L into L2 below.
 
 
 def guided(
@@ -199,14 +198,13 @@ def guided(
     guidance: float = 1.0,
     features: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    """Classifier-free guidance, v = v_uncond + guidance (v_cond - v_uncond), in one batched call.
-    As D = x_t - t v is linear in v, D is guided alike.
+    """Applies classifier-free guidance, v = v_uncond + guidance (v_cond - v_uncond), in one batched
+    call. D = x_t - t v is linear in v, so D is guided in the same way.
 
-    Returns v and, with features=True, the pooled hidden states [B, channels] of the conditional
-    half (else None), which the adversarial pair judges. One row in uncond serves the whole batch; a
-    key that it lacks (a guidance embedding's scale) is taken from cond. A guidance other than 1
-    needs both cond and uncond (ValueError).
-    """
+    Returns v: [B, ...] and, with features=True, the pooled hidden states [B, channels] of the
+    conditional half (else None), which the adversarial pair judges. uncond may have one row for the
+    whole batch. A key that uncond lacks (the scale of a guidance embedding) is taken from cond.
+    Raises ValueError if guidance is not 1 and cond or uncond is None."""
     plain = guidance == 1
     if not plain:
         if cond is None or uncond is None:
@@ -221,22 +219,22 @@ def guided(
 
 
 def weighted_mean(per_element: Tensor, w: Tensor) -> Tensor:
-    """Sums over dimensions, weights by w: [B], averages over the batch. [B, ...] -> scalar"""
+    """Sums over dimensions, weights by w: [B], and averages over the batch. [B, ...] -> scalar"""
     return (w * per_element.flatten(1).sum(1)).mean()
 
 
 def flow_matching_loss(
     pred: Tensor, x_0: Tensor, e: Tensor, t: Tensor, path: str = "rf", predicts: str = "v", w: Tensor | None = None
 ) -> Tensor:
-    """w(t) |pred - target|^2, by default |v - (e - x_0)|^2: conditional flow matching.
+    """Returns w(t) |pred - target|^2, by default |v - (e - x_0)|^2: conditional flow matching.
 
-    It fits a teacher where x_0 is data, and the fake network where x_0 is the generator's samples.
-    pred: at x_t = add_noise(x_0, e, t, path). pred, x_0, e: [B, ...]; t, w: [B] -> scalar"""
+    It trains a teacher if x_0 is data, and the fake network if x_0 is generated. pred is made at
+    x_t = add_noise(x_0, e, t, path). pred, x_0, e: [B, ...]; t, w: [B] -> scalar"""
     p, q = prediction_row(predicts, *path_terms(match_dims(t, x_0), path))
     return weighted_mean((pred - (p * x_0 + q * e)).square(), torch.ones_like(t) if w is None else w)
 
 
-# The weight w(t) of the generator's loss. A denominator is clipped at 1e-5. Since D = x_t - t v,
+# The weights w(t) of the generator's loss. Denominators are clipped at 1e-5. Because D = x_t - t v,
 # the weight 1/t^2 turns the loss between posterior means into one between velocities.
 WEIGHTS = {
     "1-t": lambda t: 1 - t,
@@ -245,12 +243,12 @@ WEIGHTS = {
     "1/t^2": lambda t: 1 / t.square().clamp(min=1e-5),
     "snr": lambda t: (1 - t) ** 2 / t.square().clamp(min=1e-5),
     "snr_sqrt": lambda t: (1 - t) / t.clamp(min=1e-5),
-    "sid": None,  # 1 / mean |x_g - f_phi|: it depends on x_g too, so the identities do not hold
+    "sid": None,  # 1 / mean |x_g - f_phi|: it depends on x_g, so the score identity does not hold
 }
 
 
 def loss_weight(weight: str, t: Tensor, x_g: Tensor, d_real: Tensor) -> Tensor:
-    """w(t): [B] by name, without gradient. Raises ValueError for an unknown name."""
+    """Returns w(t): [B] by name, without gradient. Raises ValueError for an unknown name."""
     check_choice("weight", weight, WEIGHTS)
     if weight == "sid":
         return 1 / (x_g - d_real).detach().abs().flatten(1).mean(1).clamp(min=1e-5)
@@ -260,53 +258,53 @@ def loss_weight(weight: str, t: Tensor, x_g: Tensor, d_real: Tensor) -> Tensor:
 def sid_loss(
     x_g: Tensor, d_real: Tensor, d_fake: Tensor, t: Tensor, alpha: float = 1.0, weight: str | Tensor = "1-t"
 ) -> Tensor:
-    """The generator's loss, L_alpha = L2 - alpha L1 (paper, section 3):
+    """Returns the generator's loss, L_alpha = L2 - alpha L1 (paper, section 3):
 
         L1 = E[w |f_phi - f_psi|^2],    L2 = E[w (f_phi - f_psi)^T (f_phi - x_g)]
 
-    What alpha does to the gradient: grad holds psi, while d/dtheta lets psi*(theta) move. At psi*
+    Let grad hold psi fixed, and let d/dtheta include the change of psi*(theta). At psi = psi*
 
-        dL/dtheta = grad L1 + 2r = grad L2 + r,    grad L_alpha = (dL/dtheta)/2 + (1/2 - alpha) grad L1
+        dL/dtheta = grad L1 + 2r = grad L2 + r, grad L_alpha = (dL/dtheta)/2 + (1/2 - alpha) grad L1
 
-    where r is what flows through psi*(theta) in L2. So alpha = 1/2 gives half of dL/dtheta, without
-    bias, and alpha = 1 gives r: all that grad L2 leaves out, and half of what grad L1 leaves out.
-    What alpha does to the value: at psi* L1 = L2 = L, so at alpha = 1, where L_alpha is E[w (f_phi
-    - f_psi)^T (f_psi - x_g)], it hovers around zero. Watch L1 for convergence.
+    where r is the part of L2's derivative that flows through psi*(theta). So alpha = 1/2 gives half
+    of dL/dtheta, without bias. alpha = 1 gives r, which is all that grad L2 leaves out, and half of
+    what grad L1 leaves out. At psi*, also L1 = L2 = L. So at alpha = 1 the value hovers around
+    zero. It is E[w (f_phi - f_psi)^T (f_psi - x_g)]. Watch L1 for convergence.
 
-    d_real = f_phi(x_t, t) and d_fake = f_psi(x_t, t) are the two networks' D (guided, if at all) at
-    x_t = add_noise(x_g, e, t). Keep the graph of all three: the gradient reaches the generator
-    through x_g and the inputs of both networks. x_g, d_real, d_fake: [B, ...], t: [B], weight: a
-    key of WEIGHTS, or w: [B] -> scalar
-    """
+    d_real = f_phi(x_t, t) and d_fake = f_psi(x_t, t) are the two networks' D (guided, if guidance
+    is used) at x_t = add_noise(x_g, e, t). Do not detach them: the gradient reaches the generator
+    through x_g and through the inputs of both networks. x_g, d_real, d_fake: [B, ...]; t: [B];
+    weight: a key of WEIGHTS, or w: [B] -> scalar"""
     w = loss_weight(weight, t, x_g, d_real) if isinstance(weight, str) else weight
     difference = d_real - d_fake
     return weighted_mean(difference * ((d_real - x_g) - alpha * difference), w)
 
 
 def dmd_loss(x_g: Tensor, d_real: Tensor, d_fake: Tensor, t: Tensor, weight: str | Tensor = "1-t") -> Tensor:
-    """Distribution matching distillation, for comparison: the gradient with respect to each x_g is
-    w (f_psi - f_phi) / B, with nothing through either network. Arguments as in sid_loss."""
+    """Returns the loss of distribution matching distillation, for comparison. Its gradient with
+    respect to each x_g is w (f_psi - f_phi) / B. No gradient flows through the networks. The
+    arguments are those of sid_loss."""
     w = loss_weight(weight, t, x_g, d_real) if isinstance(weight, str) else weight
     return weighted_mean((d_fake - d_real).detach() * x_g, w)
 
 
-# The adversarial pair of the data-aided loss. The discriminator is the fake network itself: its
-# last hidden states, averaged over image tokens, are the logits, one a channel.
+# The adversarial pair of the data-aided loss. The fake network is also the discriminator: the
+# logits are its last hidden states, averaged over image tokens, one logit per channel.
 
 
 def cross_entropy(features: Tensor, real: bool) -> Tensor:
-    """Binary cross-entropy, logits clamped to +-10, mean over channels. [B, channels] -> [B]"""
+    """Returns the mean binary cross-entropy of logits clamped to +-10. [B, channels] -> [B]"""
     logits = features.clamp(-10, 10)
     return F.softplus(-logits if real else logits).mean(1)
 
 
 def discriminator_loss(features_real: Tensor, features_fake: Tensor, size: int) -> Tensor:
-    """(real + fake) / 2, times the size C H W of a sample, as other losses are sums over it."""
+    """Returns (real + fake) / 2 times the sample size C H W, because other losses sum over it."""
     return size * (cross_entropy(features_real, True).mean() + cross_entropy(features_fake, False).mean()) / 2
 
 
 def adversarial_loss(features_fake: Tensor, size: int, w: Tensor) -> Tensor:
-    """The generator's side: its samples judged as real, times w(t): [B] and the size C H W."""
+    """Returns the loss of generated samples, judged as real, times w(t): [B] and C H W."""
     return size * (w * cross_entropy(features_fake, True)).mean()
 
 
@@ -317,30 +315,31 @@ def adversarial_loss(features_fake: Tensor, size: int, w: Tensor) -> Tensor:
 NOISES = ("fresh", "fixed", "ddim")
 LOSSES = ("sid", "dmd")
 SID_LAW = (math.log(2), 1.6)  # the authors' times: t = sigmoid(n), n ~ N(log 2, 1.6^2)
-T_MIN = 1e-3  # where uniform times begin: Rectified Flow's weight on |D^ - x_0|^2, 1/t^2, has no integral
+T_MIN = 1e-3  # uniform times start here: the integral of 1/t^2, the weight on |D^ - x_0|^2, diverges at 0
 
 
 class SharedGenerator(torch.Generator):
-    """The random generator of process `rank` of `world` that have the same seed. Each samples the
-    numbers of the whole batch and keeps its own rows: together they see what one process would."""
+    """Generates random numbers for process `rank` of `world` processes with the same seed. Each
+    samples the whole batch and keeps its own rows. So all together use the same numbers as one
+    process would."""
 
     rank, world = 0, 1
 
 
 def random_rows(law: Callable, shape: tuple[int, ...], rng: torch.Generator | None, **options) -> Tensor:
-    """This process's rows of random numbers of this shape; law: torch.rand or torch.randn."""
+    """Returns this process's rows of random numbers of a shape. law: torch.rand or torch.randn."""
     rank, world = (rng.rank, rng.world) if isinstance(rng, SharedGenerator) else (0, 1)
     return law(world * shape[0], *shape[1:], generator=rng, **options)[rank * shape[0] : (rank + 1) * shape[0]]
 
 
 def noise_like(x: Tensor, rng: torch.Generator | None = None) -> Tensor:
-    """e ~ N(0, I), sampled on rng's device: a CPU generator gives all devices the same numbers."""
+    """Samples e ~ N(0, I) on rng's device: a CPU generator gives all devices the same numbers."""
     return random_rows(torch.randn, x.shape, rng, device=rng.device if rng else x.device, dtype=x.dtype).to(x.device)
 
 
 def sample_times(n: int, law: tuple | None, path: str = "rf", rng: torch.Generator | None = None) -> Tensor:
-    """n times on `path`: log(s/a) ~ N(law[0], law[1]^2), which on Rectified Flow is the
-    logit-normal law; where law is None, uniform between T_MIN and the path's end. [n]"""
+    """Samples n times on `path`, by log(s/a) ~ N(law[0], law[1]^2). On Rectified Flow this is the
+    logit-normal law. If law is None, times are uniform between T_MIN and the path's end. -> [n]"""
     device = rng.device if rng else None
     if law is None:
         return T_MIN + (T_END[path] - T_MIN) * random_rows(torch.rand, (n,), rng, device=device)
@@ -349,7 +348,7 @@ def sample_times(n: int, law: tuple | None, path: str = "rf", rng: torch.Generat
 
 
 def sample_k(steps: int, iteration: int, rng: torch.Generator | None = None) -> int:
-    """k ~ U{1 .. steps}, a function of iteration and seed, so that all processes have the same."""
+    """Samples k ~ U{1 .. steps}. Iteration and seed fix k, so all processes have the same."""
     return random.Random(f"{rng.initial_seed() if rng else torch.initial_seed()} {iteration}").randint(1, steps)
 
 
@@ -363,14 +362,13 @@ def generate(
     times: Tensor | None = None,
     rng: torch.Generator | None = None,
 ) -> Tensor:
-    """x_g = G(z) in K = steps network evaluations. stop_after=k stops after k of them.
+    """Generates x_g = G(z) in K = steps network calls. `stop_after=k` returns step k's output.
 
     For i = 0 .. K - 1: D = x_t - t v at t_i = 1 - i/K (a posterior mean for a teacher, a sample for
-    a student), then noise up to the next time: x = (1 - t_{i+1}) D + t_{i+1} n. The noise n is
-    `fresh`, `fixed` (z again) or `ddim`, the E[e | x_t] that v implies. Only the last step carries
-    gradient. times: t_0 > ... > t_K = 0, in place of `steps`. Raises ValueError unless
-    1 <= stop_after <= steps, and for an unknown noise. z: [B, ...] -> [B, ...]
-    """
+    a student). Noise n takes D to the next time: x = (1 - t_{i+1}) D + t_{i+1} n. n is `fresh`,
+    `fixed` (z again) or `ddim` (the E[e | x_t] that v implies). Only the last step carries
+    gradient. times: t_0 > ... > t_K = 0, in place of `steps`. Raises ValueError for an unknown
+    noise, and unless 1 <= stop_after <= steps. z: [B, ...] -> [B, ...]"""
     steps = steps if times is None else len(times) - 1
     last = steps if stop_after is None else stop_after
     if not 1 <= last <= steps:
@@ -401,13 +399,12 @@ def sample_ode(
     times: Tensor | None = None,
     guidance: float = 1.0,
 ) -> Tensor:
-    """Euler's method on dx/dt = v along descending times that end in 0, by default 28 steps. (A
-    teacher's own times are Teacher.times.) It is `generate` with ddim noise:
+    """Solves dx/dt = v by Euler's method along descending times that end in 0, by default in 28
+    steps. (Teacher.times returns a teacher's own times.) This is `generate` with ddim noise:
 
         (1 - t') (x_t - t v) + t' (x_t + (1 - t) v) = x_t + (t' - t) v
 
-    z: [B, ...] -> x_0. uncond, guidance and errors as in `guided`.
-    """
+    z: [B, ...] -> x_0: [B, ...]. uncond, guidance and errors are those of `guided`."""
 
     def guided_net(x_t: Tensor, t: Tensor, cond: dict | None) -> Tensor:
         return guided(net, x_t, t, cond, uncond, guidance)[0]
@@ -417,26 +414,26 @@ def sample_ode(
 
 
 def set_trainable(optimizer: torch.optim.Optimizer, flag: bool) -> None:
-    """Sets whether the weights that `optimizer` moves take gradients."""
+    """Sets whether the weights that `optimizer` updates take gradients."""
     for weight in (w for group in optimizer.param_groups for w in group["params"]):
         weight.requires_grad_(flag)
 
 
 def backward(loss: Tensor, net: nn.Module, last: bool) -> None:
-    """loss.backward(). Processes that share `net` exchange gradients at the last part only."""
+    """Runs loss.backward(). Processes that share `net` exchange gradients at the last part only."""
     if hasattr(net, "set_requires_gradient_sync"):
         net.set_requires_gradient_sync(last)
     loss.backward()
 
 
 def take_step(optimizer: torch.optim.Optimizer) -> Tensor:
-    """One optimizer step, skipped where the gradient is not finite. Clears the gradients. Returns 1
-    if it was skipped, else 0, as a tensor on the device, where fused optimizers and Float32Adam
-    (chapter 8) read it; others make the host wait."""
+    """Takes one optimizer step, or skips it if the gradient is not finite, and clears the
+    gradients. Returns 1 if it was skipped, else 0, as a tensor on the device. Fused optimizers and
+    Float32Adam (chapter 8) read it there. Others make the host wait."""
     weights = [w for group in optimizer.param_groups for w in group["params"]]
-    gradients = [optimizer.state[w].get("gradient", w.grad) for w in weights]  # Float32Adam's sum
+    gradients = [optimizer.state[w].get("gradient", w.grad) for w in weights]  # Float32Adam sums them itself
     norm = torch.nn.utils.get_total_norm([gradient for gradient in gradients if gradient is not None])
-    norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # of all shards
+    norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # over all shards
     skipped = (~norm.isfinite()).float()
     if optimizer.defaults.get("fused"):
         optimizer.found_inf = skipped
@@ -476,29 +473,34 @@ def distill(
     discriminator_scale: float = 1.0,
     warmup: tuple[int, int] = (20_000, 40_000),
 ) -> Iterator[dict]:
-    """The training loop: distills `teacher` into `student`. The caller passes student and fake
-    network as copies of the teacher (data-aided, the student of a data-free run).
+    """Runs the training loop, which distills `teacher` into `student`. The caller passes student
+    and fake network as copies of the teacher (data-aided: the student as a data-free run left it).
 
-    optimizers: of the student and of the fake network; all weights that neither holds are frozen.
-    batches yields (cond, real): a dict of tensors or None; and None or, data-aided, (x_0, its own
-    cond), clean samples. An update follows the mean loss of `accumulate` new ones. An iteration is
-    `fake_updates` updates of the fake network and one of the generator. Runs iterations start to
-    iters - 1, while batches last. shape: of a batch, (B, ...). times: of generation, as in
-    `generate`, in place of `steps`. law: of the times of both losses. guidance: a number, or three:
-    in the fake network's training, of the fake network and of the teacher in the generator's loss;
-    the generator runs without. sid_scale: of the generator's loss, which keeps its gradient above
-    Adam's eps and weighs it against the adversarial term; discriminator_scale: of the
-    discriminator's loss against the fake network's own. rng: the source of all noise and times;
-    its seed fixes k. warmup: the generator waits for warmup[0] images, and sees L_alpha alone until
-    warmup[1].
+    An iteration makes `fake_updates` updates of the fake network and one of the generator. Each
+    update follows the mean loss of `accumulate` new batches. The loop runs iterations `start` to
+    `iters` - 1, or until `batches` ends.
 
-    Yields after each iteration a dict of tensors on the device: loss (L_alpha or DMD's), fisher
-    (L1, the number to watch: it estimates the Fisher divergence once the fake network keeps up, and
-    is 0 at first, when that is the teacher), fake_loss, skipped (of all updates), data-aided
-    discriminator (a mean per logit: log 2 is chance) and adversarial (times C H W); and the numbers
-    iteration, images (generated for the generator's updates, by all processes) and k. With fused
-    optimizers the host never waits for the device. Raises ValueError for an unknown choice.
-    """
+    optimizers: the student's and the fake network's. All weights that neither holds are frozen.
+    batches: yields (cond, real). cond is a dict of tensors or None. real is None or, data-aided, a
+        pair of clean samples x_0 and their own cond.
+    shape: the shape (B, ...) of a batch. times: generation times that replace `steps`.
+    law: the law of the times of both losses, as in sample_times.
+    guidance: one number, or three: in the fake network's training and, in the generator's loss, of
+        the fake network and of the teacher. The generator runs without guidance.
+    sid_scale: multiplies the generator's SiD or DMD loss. It keeps the gradient above Adam's eps,
+        and weights the loss against the adversarial term.
+    discriminator_scale: weights the discriminator's loss against the fake network's own loss.
+    rng: the source of all noise and times. Its seed fixes k.
+    warmup: the data-aided generator waits for warmup[0] images, then sees L_alpha alone until
+        warmup[1].
+
+    Yields a dict after each iteration. Tensors on the device: loss (L_alpha or DMD's), fisher (L1),
+    fake_loss, skipped (the number of skipped updates) and, data-aided, discriminator (a mean per
+    logit: log 2 is chance) and adversarial (times C H W). Numbers: iteration, images (generated so
+    far for the generator's updates, by all processes) and k. Watch fisher: it estimates the Fisher
+    divergence once the fake network keeps up. It starts at 0, where the fake network equals the
+    teacher. With fused optimizers the host never waits for the device. Raises ValueError for an
+    unknown loss, weight or noise."""
     for what, name, choices in (("loss", loss, LOSSES), ("weight", weight, WEIGHTS), ("noise", noise, NOISES)):
         check_choice(what, name, choices)
     in_training, of_fake, of_teacher = guidance if isinstance(guidance, Sequence) else [guidance] * 3
@@ -509,7 +511,7 @@ def distill(
     weights = next(student.parameters())
     template = torch.empty(shape, device=weights.device, dtype=torch.promote_types(weights.dtype, torch.float32))
     size = template[0].numel()  # C H W
-    images = shape[0] * accumulate * getattr(rng, "world", 1)  # of an iteration
+    images = shape[0] * accumulate * getattr(rng, "world", 1)  # generated per iteration
     steps, times = (steps, None) if times is None else (len(times) - 1, times.cpu())
     sample, batches = partial(generate, student, steps=steps, noise=noise, times=times, rng=rng), iter(batches)
 
@@ -518,13 +520,13 @@ def distill(
         if len(parts) < (fake_updates + 1) * accumulate:
             return
         *fake_parts, student_parts = (parts[i : i + accumulate] for i in range(0, len(parts), accumulate))
-        # The k-th output of a K-step run, k uniform: their mixture is matched to the teacher.
+        # Output k of a K-step run; k is uniform, so the mixture of all outputs matches the teacher.
         k = sample_k(steps, iteration, rng)
-        means: dict = defaultdict(float)  # of the parts' measurements
+        means: dict = defaultdict(float)  # over the parts
         skipped, aided = 0.0, parts[0][1] is not None
 
-        # 1. The fake network learns the generator's distribution: flow matching on its samples,
-        #    with the guided output, since that is what the generator's loss compares.
+        # 1. The fake network learns the generator's distribution by flow matching on its samples.
+        #    Its guided output is trained, because the generator's loss compares guided outputs.
         set_trainable(fake_optimizer, True)
         for some in fake_parts:
             for i, (cond, real) in enumerate(some, 1):
@@ -536,7 +538,7 @@ def distill(
                 fake_loss = flow_matching_loss(v, x_g, e, t)
                 means["fake_loss"] += fake_loss.detach() / len(fake_parts) / accumulate
                 if aided:  # it also learns to tell generated samples from real ones
-                    x_0, real_cond = real  # at the same noise and times, which lowers the variance
+                    x_0, real_cond = real  # the same noise and times lower the variance
                     _, hidden_real = fake(add_noise(x_0, e, t), t, real_cond, features=True)
                     discriminator = discriminator_loss(hidden_real, hidden, size)
                     means["discriminator"] += discriminator.detach() / size / len(fake_parts) / accumulate
@@ -546,7 +548,7 @@ def distill(
         set_trainable(fake_optimizer, False)
 
         # 2. The generator follows L_alpha. psi and phi are constants: the gradient flows through
-        # x_g and through x_t, the input of both networks.
+        #    x_g and through x_t, the input of both networks.
         seen = iteration * images
         waits = aided and seen < warmup[0]
         for i, (cond, _) in enumerate(student_parts, 1):
@@ -564,7 +566,7 @@ def distill(
             means["loss"] += student_loss.detach() / accumulate
             means["fisher"] += weighted_mean((d_real - d_fake).detach().square(), w) / accumulate
             student_loss = sid_scale * student_loss
-            if aided:  # weighted by 1 - t: unlike f_phi - f_psi it has no factor t
+            if aided:  # always weighted by 1 - t: f_phi - f_psi has a factor t, this term has none
                 adversarial = adversarial_loss(hidden, size, 1 - t)
                 means["adversarial"] += adversarial.detach() / accumulate
                 student_loss = (student_loss + adversarial) / 2 if seen >= warmup[1] else student_loss
@@ -577,32 +579,32 @@ def distill(
 # ----------------------------------------------------------------------------------------------------------------------
 # 4. Backbones: SD3 and SD3.5's MMDiT, SANA's linear DiT, FLUX
 # ----------------------------------------------------------------------------------------------------------------------
-# Constructors take the keys of a checkpoint's config.json. Modules carry the names of its tensors,
-# so that loading is load_state_dict and saving its inverse. A key that has one value in all
-# checkpoints is no option but a line of FIXED, which the loader compares. A network is in one
-# dtype. As in the original networks, time embeddings, norms' statistics, rotations and linear
-# attention are computed in float32 whatever that dtype is.
+# Constructors take the keys of a checkpoint's config.json. Modules are named like its tensors, so
+# that load_state_dict loads it. A key with one value in all checkpoints is not an option: it is in
+# FIXED, which the loader compares. A network has one dtype. As in the original networks, time
+# embeddings, norm statistics, rotations and linear attention are always computed in float32.
 
 
 def widen(x: Tensor) -> Tensor:
-    """To float32, where latents, features and images live; what is wider stays."""
+    """Casts to float32, the dtype of latents, features and images. A wider dtype stays."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def sinusoidal(t: Tensor) -> Tensor:
-    """cos and sin of t at 128 frequencies from 1 down to 1e-4, in float32. [B] -> [B, 256]"""
+    """Returns float32 cos and sin of t at 128 frequencies, from 1 to 1e-4. [B] -> [B, 256]"""
     rates = torch.exp(-math.log(10000) * torch.arange(128, device=t.device, dtype=torch.float32) / 128)
     angles = t[:, None].float() * rates
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """Adaptive layer norm: LN(x) (1 + scale) + shift. x: [B, N, D]; shift, scale: [B, 1, D]"""
+    """Applies adaptive layer norm, LN(x) (1 + scale) + shift. x: [B, N, D]; others: [B, 1, D]"""
     return torch.addcmul(shift, F.layer_norm(x, x.shape[-1:], eps=1e-6), 1 + scale)
 
 
 class RMSNorm(nn.Module):
-    """x / sqrt(mean x^2 + eps) * weight (+ bias), over the last dimension, mean in float32."""
+    """Computes x / sqrt(mean x^2 + eps) * weight (+ bias) over the last dimension. The mean is in
+    float32."""
 
     def __init__(self, dim: int, eps: float = 1e-6, bias: bool = False):
         super().__init__()
@@ -617,14 +619,15 @@ class RMSNorm(nn.Module):
 
 
 class PatchEmbed(nn.Module):
-    """Latents to tokens, [B, C, h, w] -> [B, (h / p) (w / p), D], with a table of positions where
-    max_size is given. The table has max_size positions a side, which span 0 .. base_size."""
+    """Turns latents into tokens, [B, C, h, w] -> [B, (h / p) (w / p), D]. If max_size is given,
+    adds a table of max_size x max_size positions, which span 0 .. base_size a side. Larger latents
+    raise ValueError."""
 
     def __init__(self, channels: int, dim: int, patch_size: int, max_size: int = 0, base_size: int = 0):
         super().__init__()
         self.proj = nn.Conv2d(channels, dim, patch_size, patch_size)
         self.max_size = max_size
-        if max_size:  # half of the channels for the column, half for the row: sin and cos
+        if max_size:  # half of the channels encode the column, half the row, by sin and cos
             omega = 10000.0 ** (-torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))
             angles = torch.arange(max_size, dtype=torch.float64)[:, None] * base_size / max_size * omega
             one = torch.cat([angles.sin(), angles.cos()], dim=-1).float()  # [max_size, D / 2]
@@ -634,7 +637,7 @@ class PatchEmbed(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         tokens = self.proj(x)
         rows, columns = tokens.shape[-2:]
-        tokens = tokens.flatten(2).transpose(1, 2).contiguous()  # once here, not in every block
+        tokens = tokens.flatten(2).transpose(1, 2).contiguous()  # contiguous here, once, not in every block
         if not self.max_size:
             return tokens
         n, top, left = self.max_size, (self.max_size - rows) // 2, (self.max_size - columns) // 2
@@ -645,19 +648,19 @@ class PatchEmbed(nn.Module):
 
 
 class Chain(nn.Sequential):
-    """Modules that run in the order given, under the names given."""
+    """Runs modules in the order given, under the names given."""
 
     def __init__(self, **steps: nn.Module):
         super().__init__(OrderedDict(steps))
 
 
 def embedder(dim_in: int, dim: int, activation: nn.Module | None = None) -> Chain:
-    """linear, activation, linear: of time, guidance, pooled text, captions."""
+    """Builds linear, activation, linear, to embed time, guidance, pooled text or captions."""
     return Chain(linear_1=nn.Linear(dim_in, dim), act=activation or nn.SiLU(), linear_2=nn.Linear(dim, dim))
 
 
 class Conditioning(nn.Module):
-    """c = time + guidance + pooled text, each embedded, where the network has them. -> [B, D]"""
+    """Sums the embeddings of time, guidance and pooled text, if the network has them. -> [B, D]"""
 
     def __init__(self, dim: int, pooled_dim: int = 0, guidance: bool = False):
         super().__init__()
@@ -673,7 +676,7 @@ class Conditioning(nn.Module):
 
 
 class Modulation(nn.Module):
-    """c -> n shifts, scales and gates. [B, D] -> n tensors [B, 1, D]"""
+    """Maps c to n shifts, scales and gates. [B, D] -> n tensors [B, 1, D]"""
 
     def __init__(self, dim: int, n: int):
         super().__init__()
@@ -692,15 +695,15 @@ Norm, Rope = Callable[[int], nn.Module], tuple[Tensor, Tensor]
 
 
 def rotate(x: Tensor, rope: Rope) -> Tensor:
-    """Rotary embedding: neighbouring channels turn as pairs. x: [B, N, H, d]"""
+    """Applies rotary embedding: it rotates pairs of neighbouring channels. x: [B, N, H, d]"""
     cos, sin = rope
     neighbour = x.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
     return (x.float() * cos + neighbour.float() * sin).to(x.dtype)
 
 
 class JointAttention(nn.Module):
-    """Attention among image tokens; with context=True jointly among text and image tokens, which
-    have projections and q/k-norms of their own, text first."""
+    """Computes attention among image tokens or, with context=True, jointly among text and image
+    tokens. Text tokens come first. They have their own projections and q/k-norms."""
 
     def __init__(self, dim: int, heads: int, norm: Norm, out: bool = True, context: bool = False, last: bool = False):
         super().__init__()
@@ -714,7 +717,7 @@ class JointAttention(nn.Module):
             self.norm_added_q, self.norm_added_k = norm(dim // heads), norm(dim // heads)
 
     def forward(self, x: Tensor, text: Tensor | None = None, rope: Rope | None = None) -> tuple[Tensor, Tensor | None]:
-        """x: [B, N, D], text: [B, L, D] -> the same shapes; None for text that has no output."""
+        """Returns x: [B, N, D], text: [B, L, D] after attention; None for text without output."""
         q, k, v = (to(x).unflatten(-1, (self.heads, -1)) for to in (self.to_q, self.to_k, self.to_v))  # [B, N, H, d]
         q, k = self.norm_q(q), self.norm_k(k)
         if text is not None:
@@ -734,9 +737,9 @@ class JointAttention(nn.Module):
 
 
 class JointBlock(nn.Module):
-    """MMDiT's block, and FLUX's double-stream block: image and text tokens meet in attention alone.
-
-    dual: a second attention among image tokens (SD3.5-Medium). last: it has no text output."""
+    """Implements MMDiT's block and FLUX's double-stream block: image and text tokens meet in
+    attention only. dual adds a second attention among image tokens (SD3.5-Medium). last drops the
+    text output."""
 
     def __init__(self, dim: int, heads: int, norm: Norm, dual: bool = False, last: bool = False):
         super().__init__()
@@ -767,19 +770,19 @@ class JointBlock(nn.Module):
 
 
 class Backbone(nn.Module):
-    """The face of all backbones. guidance: of its embedding, where cond["guidance"] is absent."""
+    """Defines what backbones share. guidance: the embedded scale if cond["guidance"] is absent."""
 
     FIXED: ClassVar = {}
     guidance = student_guidance = 1.0
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the weights, and so of activations and products."""
+        """Returns the dtype of the weights, and so of activations and products."""
         return self.proj_out.weight.dtype
 
     def velocity(self, tokens: Tensor, x_t: Tensor, features: bool) -> Tensor | tuple[Tensor, Tensor]:
-        """The output projection of the last hidden states (after the final norm), and with
-        features=True their mean. tokens: [B, N, D] -> v as x_t, hidden [B, D]"""
+        """Projects the last hidden states (after the final norm) to v. With features=True, also
+        returns their mean over tokens. tokens: [B, N, D] -> v in the shape of x_t, hidden [B, D]"""
         p = self.patch_size  # a token's channels are ordered (row in patch, column in patch, C)
         rows = x_t.shape[-2] // p
         grid = self.proj_out(tokens).unflatten(2, (p, p, -1)).unflatten(1, (rows, -1))  # [B, h/p, w/p, p, p, C]
@@ -788,11 +791,10 @@ class Backbone(nn.Module):
 
 
 class MMDiT(Backbone):
-    """Stable Diffusion 3 and 3.5 (arXiv 2403.03206). cond: text [B, L, joint_attention_dim], pooled
-    [B, pooled].
+    """Implements Stable Diffusion 3 and 3.5 (arXiv 2403.03206). cond holds text
+    [B, L, joint_attention_dim] and pooled [B, pooled_projection_dim].
 
-    Raises ValueError for latents beyond the table of positions.
-    """
+    Raises ValueError for latents larger than the table of positions."""
 
     def __init__(
         self,
@@ -831,11 +833,11 @@ class MMDiT(Backbone):
         return self.velocity(modulate(x, shift, scale), x_t, features)
 
 
-flux_norm = partial(nn.RMSNorm, eps=1e-6)  # torch's own rounds once, in the dtype of x
+flux_norm = partial(nn.RMSNorm, eps=1e-6)  # unlike the RMSNorm above, it rounds only once
 
 
 class SingleBlock(nn.Module):
-    """FLUX's single-stream block: attention and MLP side by side, over text and image tokens."""
+    """Runs FLUX's single-stream block: parallel attention and MLP, on text and image tokens."""
 
     def __init__(self, dim: int, heads: int):
         super().__init__()
@@ -852,8 +854,8 @@ class SingleBlock(nn.Module):
 
 
 def rope_table(rows: int, columns: int, text: int, axes: tuple[int, ...], device: torch.device) -> Rope:
-    """cos of the rotations, and sin with the sign that it has on each coordinate's neighbour. Image
-    tokens are at (0, row, column), text tokens at the origin. [text + N, 1, d]"""
+    """Returns the cos of the rotations, and the sin with its sign on each channel's neighbour.
+    Image tokens are at (0, row, column), text tokens at the origin. Both: [text + N, 1, d]"""
     exact = torch.float32 if device.type == "mps" else torch.float64
     row, column = torch.meshgrid(*(torch.arange(n, device=device, dtype=exact) for n in (rows, columns)), indexing="ij")
     positions = F.pad(torch.stack([torch.zeros_like(row), row, column]).flatten(1), (text, 0))  # [3, text + N]
@@ -864,12 +866,12 @@ def rope_table(rows: int, columns: int, text: int, axes: tuple[int, ...], device
 
 
 class FLUX(Backbone):
-    """FLUX.1: double-stream, then single-stream blocks, with rotary positions.
+    """Implements FLUX.1: double-stream blocks, then single-stream blocks, with rotary positions.
 
-    cond: text [B, L, joint_attention_dim], pooled [B, pooled], guidance [B] if wanted. Latents are
-    packed 2 x 2."""
+    cond holds text [B, L, joint_attention_dim], pooled [B, pooled_projection_dim] and, optionally,
+    guidance [B]. The network packs latents 2 x 2 into tokens."""
 
-    FIXED: ClassVar = {"patch_size": 1}  # in packed latents
+    FIXED: ClassVar = {"patch_size": 1}  # counted in packed latents
     patch_size = 2
     guidance = 3.5
 
@@ -914,8 +916,8 @@ class FLUX(Backbone):
 
 
 class SanaAttention(nn.Module):
-    """SANA's linear attention among image tokens (ReLU kernel), or softmax attention from image to
-    text tokens. Sprint's q/k-norm spans all heads."""
+    """Computes SANA's linear attention among image tokens (ReLU kernel), or softmax attention from
+    image to text tokens. Sprint's q/k-norm spans all heads."""
 
     def __init__(self, dim: int, heads: int, qk_norm: bool, bias: bool):
         super().__init__()
@@ -925,7 +927,7 @@ class SanaAttention(nn.Module):
         self.to_out = nn.ModuleList([nn.Linear(dim, dim)])
 
     def forward(self, x: Tensor, text: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
-        """x: [B, N, D], text: [B, L, D], mask: [B, 1, 1, L], true on text -> [B, N, D]"""
+        """Maps x: [B, N, D] to [B, N, D]. text: [B, L, D], mask: [B, 1, 1, L], true on text."""
         source = x if text is None else text
         q, k, v = self.norm_q(self.to_q(x)), self.norm_k(self.to_k(source)), self.to_v(source)
         q, k, v = (y.unflatten(-1, (self.heads, -1)).transpose(1, 2) for y in (q, k, v))  # [B, H, N, d]
@@ -937,9 +939,9 @@ class SanaAttention(nn.Module):
 
 
 def linear_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """sum_j relu(q_i . k_j) v_j / sum_j relu(q_i . k_j) with relu on q and k each, so that sums
-    over j come first: N d^2 operations instead of N^2 d. A row of ones appended to v makes the
-    denominator. All [B, H, d, N], tokens last."""
+    """Computes y_i = sum_j (relu q_i . relu k_j) v_j / sum_j (relu q_i . relu k_j). Sums over j
+    come first: this takes N d^2 operations instead of N^2 d. A row of ones appended to v yields the
+    denominator. All tensors are [B, H, d, N], tokens last."""
     dtype = v.dtype
     q, k, v = F.relu(q).float(), F.relu(k).float(), F.pad(v.float(), (0, 0, 0, 1), value=1.0)
     y, norm = ((v @ k.transpose(2, 3)) @ q).split([v.shape[2] - 1, 1], dim=2)
@@ -947,7 +949,7 @@ def linear_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 class MixFFN(nn.Module):
-    """Gated convolutional MLP: 1 x 1 out, 3 x 3 depthwise, SiLU gate, 1 x 1 back. [B, D, h, w]"""
+    """Runs a gated convolutional MLP: 1 x 1, 3 x 3 depthwise, SiLU gate, 1 x 1. [B, D, h, w]"""
 
     def __init__(self, dim: int, hidden: int):
         super().__init__()
@@ -969,7 +971,7 @@ class SanaBlock(nn.Module):
         self.ff = MixFFN(dim, hidden)
 
     def forward(self, x: Tensor, text: Tensor, mask: Tensor | None, c: Tensor, rows: int) -> Tensor:
-        """x: [B, N, D], text: [B, L, D], mask: [B, 1, 1, L], c: [B, 6, D] -> [B, N, D]"""
+        """Maps x: [B, N, D] to [B, N, D]. text: [B, L, D], mask: [B, 1, 1, L], c: [B, 6, D]"""
         shift, scale, gate, shift_mlp, scale_mlp, gate_mlp = (self.scale_shift_table + c).chunk(6, dim=1)
         x = torch.addcmul(x, gate, self.attn1(modulate(x, shift, scale)))
         x = x + self.attn2(x, text, mask)
@@ -978,12 +980,11 @@ class SanaBlock(nn.Module):
 
 
 class SanaDiT(Backbone):
-    """SANA (arXiv 2410.10629) and the teachers of SANA-Sprint (2503.09641).
+    """Implements SANA (arXiv 2410.10629) and the teachers of SANA-Sprint (2503.09641).
 
-    cond: text [B, L, caption_channels], mask [B, L] (true where there is text; optional) and, for
-    checkpoints with a guidance embedding (students of Sprint), guidance [B] if wanted. Those are
-    fed t, as are Sprint's teachers, whose timestep_scale is 0.001; SANA is fed 1000 t.
-    """
+    cond holds text [B, L, caption_channels], optionally mask [B, L] (true on text tokens) and, for
+    networks with a guidance embedding (Sprint's students), optionally guidance [B]. Those networks
+    get t, and so do Sprint's teachers, whose timestep_scale is 0.001. SANA gets 1000 t."""
 
     FIXED: ClassVar = {"norm_eps": 1e-6}
     guidance = student_guidance = 4.5
@@ -1009,7 +1010,7 @@ class SanaDiT(Backbone):
         self.time_scale = 1.0 if guidance_embeds else 1000 * timestep_scale
         self.guidance_scale = guidance_embeds_scale
         self.patch_embed = PatchEmbed(in_channels, dim, patch_size)
-        # With a guidance embedding the checkpoints hold the embedders one level higher.
+        # Checkpoints with a guidance embedding name the embedders one level higher.
         self.time_embed = Conditioning(dim, guidance=True) if guidance_embeds else nn.Module()
         if not guidance_embeds:
             self.time_embed.emb = Conditioning(dim)
@@ -1040,15 +1041,15 @@ class SanaDiT(Backbone):
 # ----------------------------------------------------------------------------------------------------------------------
 # 5. Autoencoders: images to latents and back
 # ----------------------------------------------------------------------------------------------------------------------
-# encode(images) -> latents, decode(latents) -> images, deterministic. images: [B, 3, H, W] in [-1,
-# 1]; latents: [B, C, H / downscale, W / downscale], before shift and scale. Arguments and FIXED are
-# config.json's keys, as in chapter 4; the factors are the Teacher's to apply.
+# encode(images) -> latents and decode(latents) -> images are deterministic. images: [B, 3, H, W] in
+# [-1, 1]; latents: [B, C, H / downscale, W / downscale], before shift and scale, which Teacher
+# applies. Arguments and FIXED are keys of config.json, as in chapter 4.
 
 conv3x3 = partial(nn.Conv2d, kernel_size=3, padding=1)
 
 
 class ResnetBlock(nn.Module):
-    """conv(silu(norm(conv(silu(norm(x)))))) + x, by a 1 x 1 convolution if channels change."""
+    """Computes conv(silu(norm(conv(silu(norm(x)))))) + shortcut(x). [B, C, h, w]"""
 
     def __init__(self, dim: int, dim_out: int, groups: int):
         super().__init__()
@@ -1057,12 +1058,12 @@ class ResnetBlock(nn.Module):
         self.conv_shortcut = nn.Identity() if dim == dim_out else nn.Conv2d(dim, dim_out, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        # Nested, so that each intermediate, half a gigabyte at 1024 x 1024, is freed once used.
+        # Calls are nested so that each intermediate (0.5 GB at 1024 x 1024) is freed once used.
         return self.conv2(F.silu(self.norm2(self.conv1(F.silu(self.norm1(x)))))) + self.conv_shortcut(x)
 
 
 class PixelAttention(nn.Module):
-    """x + attention among all pixels, in one head as wide as the channels."""
+    """Computes x + attention among all pixels, in one head as wide as the channels."""
 
     def __init__(self, dim: int, groups: int):
         super().__init__()
@@ -1087,8 +1088,8 @@ class MidBlock(nn.Module):
 
 
 class AutoencoderKL(nn.Module):
-    """The autoencoder of SD3, SD3.5 and FLUX. encode returns the posterior's mean, its mode, and
-    posterior its mean and standard deviation."""
+    """Implements the autoencoder of SD3, SD3.5 and FLUX. encode returns the posterior's mean, which
+    is its mode. posterior returns its mean and standard deviation."""
 
     FIXED: ClassVar = {"act_fn": "silu", "in_channels": 3, "out_channels": 3, "mid_block_add_attention": True}
 
@@ -1105,7 +1106,7 @@ class AutoencoderKL(nn.Module):
         self.scaling_factor, self.shift_factor = scaling_factor, shift_factor
         dims, groups = list(block_out_channels), norm_num_groups
         self.latent_channels, self.downscale = latent_channels, 2 ** (len(dims) - 1)
-        pad = nn.ZeroPad2d((0, 1, 0, 1))  # right and bottom only
+        pad = nn.ZeroPad2d((0, 1, 0, 1))  # at the right and the bottom only
         down = lambda dim: Chain(pad=pad, conv=nn.Conv2d(dim, dim, 3, stride=2))
         up = lambda dim: Chain(up=nn.Upsample(scale_factor=2), conv=conv3x3(dim, dim))  # nearest pixels
 
@@ -1149,8 +1150,8 @@ class AutoencoderKL(nn.Module):
 
 
 def shortcut(x: Tensor, y: Tensor) -> Tensor:
-    """x: [B, C, h, w] in the shape of `y`, half or twice as high and wide or the same. Each 2 x 2
-    pixels become channels, or the reverse, and neighbouring channels are averaged, or repeated."""
+    """Brings x: [B, C, h, w] to the shape of y, half, equal or double in height and width. Each 2 x
+    2 pixels become channels, or the reverse. Neighbouring channels are averaged, or repeated."""
     if x.shape == y.shape:
         return x
     dim, grows = y.shape[1], y.shape[2] > x.shape[2]
@@ -1163,7 +1164,7 @@ def shortcut(x: Tensor, y: Tensor) -> Tensor:
 
 
 class Residual(Chain):
-    """The chain of x, plus x through the shortcut."""
+    """Adds the shortcut of x to the chain's output."""
 
     def forward(self, x: Tensor) -> Tensor:
         y = super().forward(x)
@@ -1177,14 +1178,14 @@ class ResidualConv(nn.Conv2d):
 
 
 class PixelRMSNorm(RMSNorm):
-    """RMSNorm over the channels of each pixel. [B, C, h, w]"""
+    """Applies RMSNorm over the channels of each pixel. [B, C, h, w]"""
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x.movedim(1, -1)).movedim(-1, 1)
 
 
 class MultiscaleAttention(nn.Module):
-    """x + linear attention among pixels; for each k in kernels, further heads of k x k pixels."""
+    """Computes x + linear attention among pixels. Each kernel adds heads on convolved q, k, v."""
 
     def __init__(self, dim: int, head_dim: int, kernels: Sequence[int]):
         super().__init__()
@@ -1203,14 +1204,14 @@ class MultiscaleAttention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         qkv = torch.cat([to(x.movedim(1, -1)) for to in (self.to_q, self.to_k, self.to_v)], dim=-1).movedim(-1, 1)
         qkv = torch.cat([qkv] + [scale(qkv) for scale in self.to_qkv_multiscale], dim=1)
-        # A head takes 3 head_dim consecutive channels, whatever to_q, to_k, to_v are called.
+        # A head reads 3 head_dim consecutive channels: its q, k, v may all come from to_q.
         heads = qkv.unflatten(1, (-1, 3 * self.head_dim)).flatten(3)  # [B, heads, 3 head_dim, h w]
         y = linear_attention(*heads.chunk(3, dim=2)).flatten(1, 2).unflatten(2, x.shape[2:])
         return self.norm_out(self.to_out(y.movedim(1, -1)).movedim(-1, 1)) + x
 
 
 class GatedConv(MixFFN):
-    """x + norm(MixFFN(x))"""
+    """Computes x + norm(MixFFN(x))."""
 
     def __init__(self, dim: int):
         super().__init__(dim, 4 * dim)
@@ -1221,7 +1222,7 @@ class GatedConv(MixFFN):
 
 
 class AutoencoderDC(nn.Module):
-    """The autoencoder of SANA: DC-AE f32c32, versions 1.0 and 1.1. Its posterior is a point."""
+    """Implements SANA's autoencoder, DC-AE f32c32 (1.0 and 1.1). Its posterior has variance 0."""
 
     FIXED: ClassVar = {
         "in_channels": 3,
@@ -1274,7 +1275,7 @@ class AutoencoderDC(nn.Module):
         up = stages(decoder_block_types, dims, decoder_layers_per_block, decoder_qkv_multiscales)
         for stage, dim, dim_out in zip(up, dims[1:], dims):
             stage.insert(0, Residual(up=nn.Upsample(scale_factor=2), conv=conv3x3(dim, dim_out)))
-        self.decoder = Chain(  # its blocks are numbered from the end
+        self.decoder = Chain(  # the checkpoint numbers its blocks from the end
             conv_in=ResidualConv(latent_channels, dims[-1], 3, padding=1),
             up_blocks=Chain(**{str(i): nn.Sequential(*stage) for i, stage in reversed([*enumerate(up)])}),
             norm_out=PixelRMSNorm(dims[0], eps=1e-5, bias=True),
@@ -1296,17 +1297,17 @@ class AutoencoderDC(nn.Module):
 # ----------------------------------------------------------------------------------------------------------------------
 # 6. Files and text: reading and writing safely, prompts to conditions
 # ----------------------------------------------------------------------------------------------------------------------
-# Files are in the layout of a diffusers pipeline: model_index.json names the parts, and each part
-# has a folder with its config.json and safetensors. No pickle is ever opened.
+# Files have the layout of a diffusers pipeline: model_index.json names the parts, and each part has
+# a folder with its config.json and safetensors. Pickle files are never opened.
 
 
 class BadInput(ValueError):
-    """What was given can't be used. The message is one line: what is wrong and what to do."""
+    """Signals input that can't be used. The message is one line: what is wrong and what to do."""
 
 
 @contextlib.contextmanager
 def reading(source: object, advice: str = "download it again") -> Iterator[None]:
-    """While `source` is read: whatever goes wrong becomes one line that names it, BadInput."""
+    """Turns any error while `source` is read into BadInput, with one line that names `source`."""
     try:
         yield
     except (BadInput, torch.OutOfMemoryError):
@@ -1318,14 +1319,14 @@ def reading(source: object, advice: str = "download it again") -> Iterator[None]
 
 
 def check_finite(x: Tensor, part: object, advice: str = "download it again, or try --dtype fp32", error=BadInput):
-    """Returns x, which came from `part`. Raises `error`, which names it, if x is not finite."""
+    """Returns x, which `part` produced. Raises `error`, which names `part`, if x is not finite."""
     if not x.isfinite().all():
         raise error(f"{part}: not all numbers are finite; {advice}")
     return x
 
 
 def rank_and_world() -> tuple[int, int]:
-    """This process's rank, and how many processes there are."""
+    """Returns this process's rank and the number of processes."""
     import torch.distributed as dist
 
     joined = dist.is_available() and dist.is_initialized()
@@ -1333,25 +1334,25 @@ def rank_and_world() -> tuple[int, int]:
 
 
 def read_text(file: Path) -> str:
-    """A text file's content. Raises BadInput."""
+    """Returns a text file's content. Raises BadInput if it can't be read as UTF-8."""
     with reading(file, "a text file in UTF-8 is needed"):
-        return Path(file).read_text(encoding="utf-8-sig")  # with a byte order mark or without
+        return Path(file).read_text(encoding="utf-8-sig")  # utf-8-sig accepts a byte order mark
 
 
 def read_json(path: Path) -> dict:
-    """The object in a JSON file. Raises BadInput."""
+    """Returns the object in a JSON file. Raises BadInput if the file holds none."""
     with reading(path, "a JSON object is needed: download it again, or give another folder"):
         return {**json.loads(path.read_text(encoding="utf-8-sig"))}
 
 
 def read_pixels(file: Path, resolution: int | None = None):
-    """An image on white, or its middle square, resized. -> numpy [H, W, 3] of bytes. Raises
-    BadInput."""
+    """Reads an image on a white background, as numpy [H, W, 3] of bytes. With a resolution, returns
+    its middle square, resized. Raises BadInput if the file can't be read."""
     import numpy as np
     from PIL import Image, ImageOps
 
     with reading(file, "repair or remove it"), Image.open(file) as image:
-        if image.mode.startswith("I"):  # 16 bits of grey
+        if image.mode.startswith("I"):  # 16-bit grey
             image = image.point(lambda grey: grey / 257).convert("L")
         layer = ImageOps.exif_transpose(image).convert("RGBA")
         upright = Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer).convert("RGB")
@@ -1359,8 +1360,8 @@ def read_pixels(file: Path, resolution: int | None = None):
 
 
 def write(file: Path, content: Callable[[Path], object]) -> None:
-    """Lets `content` write a file beside and renames it: the old file stays, or the new one is
-    whole."""
+    """Lets `content` write a temporary file, then renames it to `file`. So `file` is always whole:
+    the old one or the new one."""
     part = file.with_name(f".{file.name}.part")
     try:
         content(part)
@@ -1370,14 +1371,14 @@ def write(file: Path, content: Callable[[Path], object]) -> None:
 
 
 def write_json(file: Path, content: dict) -> None:
-    """Writes JSON as `write` does; values without a JSON form (paths) become text."""
+    """Writes JSON as `write` does. Values without a JSON form (paths) become text."""
     text = json.dumps(content, indent=2, default=str) + "\n"
     write(file, lambda part: part.write_text(text, encoding="utf-8"))
 
 
 def weight_files(folder: Path, stem: str = "diffusion_pytorch_model") -> list[Path]:
-    """The safetensors of a part: one file, or shards with an index; those of a variant where no
-    plain ones are. Raises BadInput."""
+    """Returns the safetensors of a part: one file, or the shards of an index. A variant's files
+    (bf16, fp16) are used only if no plain ones exist. Raises BadInput."""
     for variant in ("", ".bf16", ".fp16"):
         index = folder / f"{stem}.safetensors.index{variant}.json"
         if index.exists():
@@ -1391,7 +1392,7 @@ def weight_files(folder: Path, stem: str = "diffusion_pytorch_model") -> list[Pa
 
 
 def read_tensors(file: Path) -> dict[str, Tensor]:
-    """A safetensors file's tensors, mapped: nothing is read until it is used. Raises BadInput."""
+    """Maps a safetensors file's tensors: each is read when it is used. Raises BadInput."""
     from safetensors.torch import load_file
 
     with reading(file):
@@ -1400,7 +1401,7 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
 
 # The Hub
 
-NAMES = {  # the paper's teachers: their repository, and the steps of their own sampler
+NAMES = {  # the paper's teachers: their repositories, and the steps of their own samplers
     "sd3-medium": ("stabilityai/stable-diffusion-3-medium-diffusers", 28),
     "sd3.5-medium": ("stabilityai/stable-diffusion-3.5-medium", 40),
     "sd3.5-large": ("stabilityai/stable-diffusion-3.5-large", 28),
@@ -1412,13 +1413,13 @@ NAMES = {  # the paper's teachers: their repository, and the steps of their own 
 }
 PARTS = re.compile(r"(transformer|vae|scheduler|(text_encoder|tokenizer)(_\d)?)/[^/]+\.(json|txt|model|safetensors)$")
 PIPELINE = re.compile(rf"model_index\.json$|{PARTS.pattern}")
-NETWORK = re.compile(r"(transformer/)?(config|diffusion_pytorch_model[^/]*)\.(json|safetensors)$")  # a student's
+NETWORK = re.compile(r"(transformer/)?(config|diffusion_pytorch_model[^/]*)\.(json|safetensors)$")  # of a student
 CLIP_MODEL = re.compile(r"(model[^/]*\.safetensors(\.index\.json)?|[a-z_]+\.json|merges\.txt)$")
 
 
 def files_to_read(files: Iterable[str], kind: re.Pattern = PIPELINE) -> list[str]:
-    """The files of a repository that are read: configurations, vocabularies, each tensor once (a
-    variant, .fp16., where nothing plain is). kind: PIPELINE, NETWORK or CLIP_MODEL."""
+    """Returns the files of a repository that are read: configurations, vocabularies, each tensor
+    once (a variant, .fp16., if nothing plain is there). kind: PIPELINE, NETWORK or CLIP_MODEL."""
     kept = [f for f in files if kind.match(f)]
     is_weight = re.compile(r".*\.safetensors(\.index.*)?$")
     is_variant = re.compile(r".*\.(fp16|bf16)[.-]")
@@ -1427,16 +1428,16 @@ def files_to_read(files: Iterable[str], kind: re.Pattern = PIPELINE) -> list[str
 
 
 def fetch(repository: str, kind: re.Pattern = PIPELINE) -> Path:
-    """The folder of a Hub repository in huggingface_hub's cache, downloaded if need be. HF_HOME,
-    HF_TOKEN and HF_HUB_OFFLINE mean what they mean to huggingface_hub. Raises BadInput."""
+    """Returns the folder of a Hub repository in huggingface_hub's cache, and downloads it if
+    necessary. HF_HOME, HF_TOKEN and HF_HUB_OFFLINE work as in huggingface_hub. Raises BadInput."""
     import huggingface_hub as hub
     from huggingface_hub.utils import HfHubHTTPError
 
-    errors = (OSError, ValueError, *HfHubHTTPError.__bases__)  # as requests or httpx tells them
+    errors = (OSError, ValueError, *HfHubHTTPError.__bases__)  # of requests or httpx
     names, reason = None, None
     try:
         names = files_to_read((file.rfilename for file in hub.model_info(repository).siblings), kind)
-    except errors as error:  # without a network the cache serves, as far as it is filled
+    except errors as error:  # without a network, use what the cache holds
         reason = error
     try:
         return Path(hub.snapshot_download(repository, allow_patterns=names or [], local_files_only=names is None))
@@ -1449,7 +1450,7 @@ def fetch(repository: str, kind: re.Pattern = PIPELINE) -> Path:
 
 
 def resolve(name_or_path: str | Path, kind: re.Pattern = PIPELINE) -> Path:
-    """The folder of a teacher's name, a path, or a Hub repository's id. Raises BadInput."""
+    """Returns the folder of a teacher's name, a path, or a Hub repository's id. Raises BadInput."""
     name = os.path.expanduser(name_or_path)
     if Path(name).is_dir():
         return Path(name)
@@ -1462,28 +1463,28 @@ def resolve(name_or_path: str | Path, kind: re.Pattern = PIPELINE) -> Path:
 
 # Text
 
-TEXT_ENCODERS = {  # of each family, in the order of their names: text_encoder, text_encoder_2, text_encoder_3
+TEXT_ENCODERS = {  # of each family: text_encoder, text_encoder_2, text_encoder_3
     "sd3": ("CLIPTextModelWithProjection", "CLIPTextModelWithProjection", "T5EncoderModel"),
     "flux": ("CLIPTextModel", "T5EncoderModel"),
     "sana": ("Gemma2Model",),
 }
 VOCABULARIES = ("tokenizer.json", "vocab.json", "spiece.model", "tokenizer.model")
 CLIP_LENGTH = 77
-TEXT_LENGTH = {"sd3": 256, "flux": 512, "sana": 300}  # tokens of T5, T5, Gemma in the pipelines
+TEXT_LENGTH = {"sd3": 256, "flux": 512, "sana": 300}  # the pipelines' numbers of tokens of T5, T5, Gemma
 
 
 def find_instruction() -> str | None:
-    """SANA's text before every prompt, a default in diffusers; None where that is missing."""
+    """Returns SANA's instruction, a default value in diffusers, or None if it isn't found."""
     try:
         from diffusers import SanaPipeline
 
         return "\n".join(inspect.signature(SanaPipeline.__call__).parameters["complex_human_instruction"].default)
-    except (ImportError, RuntimeError, AttributeError, KeyError, TypeError):  # or another one
+    except (ImportError, RuntimeError, AttributeError, KeyError, TypeError):  # not installed, or another version
         return None
 
 
 def from_pretrained(kind: str, folder: Path, **options):
-    """transformers' from_pretrained, without its progress bars and advice. Raises BadInput."""
+    """Calls transformers' from_pretrained without progress bars and advice. Raises BadInput."""
     import transformers
 
     transformers.logging.set_verbosity_error(), transformers.logging.disable_progress_bar()
@@ -1492,7 +1493,7 @@ def from_pretrained(kind: str, folder: Path, **options):
 
 
 def pretrained_network(kind: str, folder: Path, **options) -> nn.Module:
-    """A frozen network of transformers, from safetensors. Raises BadInput for a missing weight."""
+    """Loads a frozen transformers network from safetensors. Raises BadInput for missing weights."""
     net, report = from_pretrained(kind, folder, use_safetensors=True, output_loading_info=True, **options)
     if report["missing_keys"]:
         first = ", ".join(sorted(report["missing_keys"])[:3])
@@ -1501,8 +1502,8 @@ def pretrained_network(kind: str, folder: Path, **options) -> nn.Module:
 
 
 def check_text(folder: Path, family: str) -> dict[str, tuple[str, str]]:
-    """The classes of a pipeline's text encoders and their tokenizers, by the end of their names:
-    "", "_2", "_3". Raises BadInput for a part that is not as it has to be, before any is read."""
+    """Returns the classes of a pipeline's text encoders and tokenizers, by the end of their names:
+    "", "_2", "_3". Raises BadInput for a part that can't be used, before any is read."""
     index, kinds = read_json(folder / "model_index.json"), {}
     for nth, needed in zip(("", "_2", "_3"), TEXT_ENCODERS[family]):
         names = f"text_encoder{nth}", f"tokenizer{nth}"
@@ -1525,18 +1526,16 @@ def check_text(folder: Path, family: str) -> dict[str, tuple[str, str]]:
 
 
 class TextEncoders:
-    """The tokenizers and text encoders of a pipeline's folder: cond = encoders(prompts), as its
-    pipeline encodes them. text has a vector a token, pooled a vector a prompt:
+    """Holds the tokenizers and text encoders of a pipeline's folder. cond = encoders(prompts)
+    encodes as the pipeline does. text has one vector per token, pooled one vector per prompt:
 
     sd3   text [B, 77 + 256, 4096]: the penultimate states of two CLIPs side by side, padded with
           zeros, then T5's (zeros without T5); pooled [B, 2048]: both CLIPs' projected outputs
     flux  text [B, 512, 4096]: T5's states; pooled [B, 768]: CLIP's output at the end of the text
     sana  text [B, 300, 2304]: Gemma's last states; mask [B, 300]: 1 on tokens, 0 on padding
 
-    CLIP and T5 are given no mask: they attend to their padding. instruction: stands before every
-    prompt of SANA that is not empty, to the letter. Raises BadInput for a folder that lacks a part
-    or holds one that can't be read.
-    """
+    CLIP and T5 get no mask: they attend to their padding. `instruction` is put before every SANA
+    prompt that is not empty, unchanged. Raises BadInput for a missing or unreadable part."""
 
     def __init__(self, folder: Path, family: str, device: str = "cpu", dtype=torch.float32, instruction: str = ""):
         folder = Path(folder)
@@ -1555,13 +1554,13 @@ class TextEncoders:
 
     @torch.no_grad()
     def __call__(self, prompts: list[str], max_length: int | None = None) -> dict[str, Tensor]:
-        """The prompts' cond. max_length: of T5's or Gemma's tokens, by default the pipeline's; CLIP
-        always reads 77. Longer prompts are cut, of which each encoder warns once."""
+        """Returns the prompts' cond. max_length: the number of T5's or Gemma's tokens, by default
+        the pipeline's. CLIP reads 77. Longer prompts are cut; each encoder warns once."""
         encode = {"sd3": self.encode_sd3, "flux": self.encode_flux, "sana": self.encode_sana}[self.family]
         return encode(prompts, max_length or TEXT_LENGTH[self.family])
 
     def tokenize(self, nth: str, texts: list[str], length: int) -> tuple[Tensor, Tensor]:
-        """ids and mask, [B, length], for text encoder nth: "", "_2" or "_3"."""
+        """Returns ids and mask, [B, length], for text encoder nth: "", "_2" or "_3"."""
         tokenizer = self.tokenizers[nth]
         over = max(map(len, tokenizer(texts, verbose=False).input_ids)) - length
         if over > 0 and nth not in self.warned:
@@ -1571,7 +1570,7 @@ class TextEncoders:
         return batch.input_ids.to(self.device), batch.attention_mask.to(self.device)
 
     def states(self, nth: str, texts: list[str], length: int, **options: bool):
-        """The output of text encoder nth, a CLIP or T5."""
+        """Returns the output of text encoder nth, a CLIP or T5. Raises BadInput if not finite."""
         output = self.encoders[nth](self.tokenize(nth, texts, length)[0], **options)
         for x in (*output.get("hidden_states", ()), *(x for x in output.values() if isinstance(x, Tensor))):
             check_finite(x, f"text_encoder{nth}")
@@ -1593,7 +1592,7 @@ class TextEncoders:
 
     def encode_sana(self, prompts: list[str], length: int) -> dict[str, Tensor]:
         """Keeps the states of the first token and of the last length - 1. The empty prompt, which
-        is the unconditional one, is encoded bare."""
+        is the unconditional one, gets no instruction."""
         prompts = [prompt.lower().strip() for prompt in prompts]
         total = length
         if self.instruction:
@@ -1616,7 +1615,7 @@ PIPELINES = {  # pipeline class: family, network, autoencoder
 }
 
 
-FREE = re.compile(  # keys of any value: they are read, or the weights' shapes follow them, or nothing does
+FREE = re.compile(  # keys with any value: they are read elsewhere, or shapes show them, or they have no effect
     "_.*|out_channels|caption_projection_dim|cross_attention(_head)?_dim|sample_size|force_upcast|"
     "(up|down)_block_types|(up|down)sample_block_type|(flow_|base_|max_)?shift|(base|max)_image_seq_len|"
     "use_dynamic_shifting|beta_(start|end|schedule)|trained_betas|solver_(order|type)|lower_order_final|euler_at_final|"
@@ -1624,7 +1623,7 @@ FREE = re.compile(  # keys of any value: they are read, or the weights' shapes f
 )
 EULER, DPM, SCM = "FlowMatchEulerDiscreteScheduler", "DPMSolverMultistepScheduler", "SCMScheduler"
 FLOW = {"num_train_timesteps": 1000, "time_shift_type": "exponential"}
-SCHEDULERS = {  # keys of one supported value
+SCHEDULERS = {  # keys with one supported value
     EULER: FLOW,
     DPM: {"use_flow_sigmas": True, "prediction_type": "flow_prediction", "algorithm_type": "dpmsolver++"}
     | {"final_sigmas_type": "zero", "use_dynamic_shifting": False}
@@ -1634,8 +1633,8 @@ SCHEDULERS = {  # keys of one supported value
 
 
 def check_config(name: str, config: dict, read: Iterable[str], fixed: dict) -> None:
-    """Raises BadInput for a key that would change the result unseen. `fixed` has keys of one
-    supported value; others must be read, or free, or null, or false."""
+    """Raises BadInput for a key that would silently change the result. `fixed` holds keys with one
+    supported value. Every other key must be in `read`, match FREE, or be null or false."""
     for key, value in config.items():
         free = key in read or FREE.fullmatch(key) or value in (None, False)
         if value != fixed[key] if key in fixed else not free:
@@ -1644,20 +1643,20 @@ def check_config(name: str, config: dict, read: Iterable[str], fixed: dict) -> N
 
 
 def read_scheduler(folder: Path, pipeline: str) -> dict:
-    """A pipeline's scheduler_config.json. Raises BadInput for one that is not understood."""
+    """Returns a pipeline's scheduler_config.json. Raises BadInput for one that is not supported."""
     config = read_json(folder / "scheduler" / "scheduler_config.json")
     name, kinds = config.get("_class_name"), {"SanaPipeline": (EULER, DPM), "SanaSprintPipeline": (SCM,)}
     kinds = kinds.get(pipeline, (EULER,))
     if name not in kinds:
         raise BadInput(f"{folder / 'scheduler'} is a {name}: with a {pipeline} only {', '.join(kinds)} is understood")
-    if name == DPM:  # its own defaults
+    if name == DPM:  # diffusers' defaults for missing keys
         config = {"use_flow_sigmas": False, "prediction_type": "epsilon"} | config
     check_config(name, config, (), SCHEDULERS[name])
     return {key: value for key, value in config.items() if value is not None}
 
 
 def build_network(kind: type[nn.Module], config: dict) -> nn.Module:
-    """A network from its config.json. Raises BadInput for what the network has no code for."""
+    """Builds a network from its config.json. Raises BadInput for unsupported settings."""
     accepted = inspect.signature(kind).parameters
     check_config(kind.__name__, config, accepted, kind.FIXED)
     with reading(f"{kind.__name__}'s configuration"):
@@ -1669,9 +1668,9 @@ def build_network(kind: type[nn.Module], config: dict) -> nn.Module:
 def load_network(
     folder: Path, kind: type[nn.Module], device: str = "cpu", dtype=torch.float32, mapped: bool = False, **override
 ) -> nn.Module:
-    """A frozen network of this kind. Names and shapes are compared before weights are read. mapped:
-    the weights stay in their files, in the files' dtype, until to_device copies them. override:
-    keys in place of config.json's. Raises BadInput."""
+    """Loads a frozen network of this kind. Names and shapes are compared before weights are read.
+    If mapped, the weights stay in their files, in the files' dtype, until to_device copies them.
+    override replaces keys of config.json. Raises BadInput."""
     with torch.device("meta"):
         net = build_network(kind, read_json(folder / "config.json") | override)
     weights: dict = {}
@@ -1687,42 +1686,42 @@ def load_network(
 
 
 def to_device(net: nn.Module, device: str, dtype: torch.dtype) -> nn.Module:
-    """Copies a network's weights to a device, always: they must not depend on a mapped file."""
+    """Copies a network's weights to a device. It always copies: they may be mapped from files."""
     weights = {key: x.to(device, dtype, copy=True) for key, x in net.state_dict().items()}
     net.load_state_dict(weights, assign=True)
     return net
 
 
 class Teacher:
-    """A pretrained flow-matching model with all that goes around its network. Made by load_teacher.
+    """Holds a pretrained flow-matching model: network, autoencoder, text encoders and sampling
+    times. load_teacher makes it.
 
-    dit: v = net(x_t, t, cond). Latents are as the losses see them: (z - shift) * scale, [B, C, h,
-    w] (not FLUX's packed tokens), in float32. The text encoders are loaded when the first prompt
-    comes, and leave memory with forget_text(). resolution: pixels a side, or (height, width).
-    """
+    dit: v = net(x_t, t, cond). Latents are in float32, as the losses see them: (z - shift) * scale,
+    [B, C, h, w] (not FLUX's packed tokens). The first prompt loads the text encoders, and
+    forget_text() frees them. resolution: pixels a side, or (height, width)."""
 
     def __init__(self, name: str, folder: Path, family: str, dit: nn.Module, vae: nn.Module, scheduler: dict):
         self.name, self.folder, self.family = name, folder, family
         self.dit, self.vae, self.scheduler = dit, vae, scheduler
         self.device, self.dtype = next(vae.parameters()).device, next(vae.parameters()).dtype
         self.scale, self.shift = vae.scaling_factor, vae.shift_factor
-        # The resolution that it was trained at: FLUX's network doesn't say, its autoencoder does.
+        # The training resolution. FLUX's network config lacks it, but its autoencoder's has it.
         latent_size = dit.config.get("sample_size")
         self.resolution = vae.downscale * latent_size if latent_size else vae.config.get("sample_size", 1024)
-        self.sprint = scheduler["_class_name"] == SCM  # a student that stands for a teacher
+        self.sprint = scheduler["_class_name"] == SCM  # a Sprint student in the place of a teacher
         self.steps = NAMES[name][1] if name in NAMES else 2 if self.sprint else {"sana": 20}.get(family, 28)
         self.text = None
 
     def encode_prompts(self, prompts: list[str], max_length: int | None = None) -> dict[str, Tensor]:
-        """Prompts to cond, as in chapter 6. max_length: of T5's or Gemma's tokens."""
+        """Encodes prompts to cond (chapter 6). max_length: the number of T5's or Gemma's tokens."""
         if self.text is None:
             self.text = TextEncoders(self.folder, self.family, self.device, self.dtype, self.instruction)
         return self.text(prompts, max_length)
 
     @cached_property
     def instruction(self) -> str:
-        """The text before SANA's prompts: diffusers', if that is installed, or one that is set.
-        Raises BadInput."""
+        """Returns the text before SANA's prompts: the one in diffusers, or one that was set. Raises
+        BadInput if there is none."""
         found = find_instruction() if self.family == "sana" else ""
         if found is None:
             advice = "install diffusers, which has it, or give --instruction FILE, or --instruction none"
@@ -1736,16 +1735,15 @@ class Teacher:
         torch.cuda.empty_cache()
 
     def times(self, steps: int, resolution: int | tuple[int, int]) -> Tensor:
-        """The descending times of the teacher's own pipeline, on the Rectified Flow path, with the
-        final 0 -> [steps + 1]. With r(t) = shift t / (1 + (shift - 1) t):
+        """Returns the descending times of the teacher's own pipeline on the Rectified Flow path,
+        with the final 0 -> [steps + 1]. With r(t) = shift t / (1 + (shift - 1) t):
 
         SD3, SANA  r(linspace(1, r(1 / 1000), steps)), also for SANA's DPM-Solver++
         FLUX       r(linspace(1, 1 / steps, steps))
-        Sprint     (students) the TrigFlow quarter circle, divided evenly, at equal SNR
+        Sprint     (students) evenly spaced TrigFlow times at equal SNR; of 2, the second is 1.3
 
-        With dynamic shifting, shift = e^mu, mu linear in the tokens, and SD3's linspace ends at
-        1 / 1000.
-        """
+        With dynamic shifting, shift = e^mu, where mu is linear in the number of tokens, and SD3's
+        linspace ends at 1 / 1000."""
         config = self.scheduler
         if self.sprint:
             u = torch.linspace(1.5708, 0, steps + 1, dtype=torch.float64)
@@ -1775,8 +1773,8 @@ class Teacher:
         guidance: float = 1.0,
         rng: torch.Generator | None = None,
     ) -> Tensor:
-        """The teacher's own sampling, as its pipeline does it. z: [B, C, h, w] -> latents. Raises
-        BadInput if they are not finite."""
+        """Samples with the teacher's own sampler, as its pipeline does. z: [B, C, h, w] -> latents
+        of this shape. Raises BadInput if they are not finite."""
         times = self.times(steps or self.steps, tuple(self.vae.downscale * n for n in z.shape[-2:]))
         if self.sprint:  # fresh noise between steps
             with torch.no_grad():
@@ -1787,25 +1785,25 @@ class Teacher:
 
     @torch.no_grad()
     def posterior(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Images in [-1, 1], [B, 3, H, W], to the mean and standard deviation of their latents,
-        [B, C, h, w]. Raises BadInput if they are not finite."""
+        """Maps images in [-1, 1], [B, 3, H, W], to the mean and standard deviation of their
+        latents, [B, C, h, w]. Raises BadInput if these are not finite."""
         mean, deviation = map(widen, self.vae.posterior(images.to(self.device, self.dtype)))
         found = (mean - self.shift) * self.scale, deviation * self.scale
         return tuple(check_finite(x, self.folder / "vae") for x in found)
 
     def encode(self, images: Tensor) -> Tensor:
-        """Images in [-1, 1], [B, 3, H, W], to latents [B, C, h, w]: the posterior's mode."""
+        """Encodes images in [-1, 1], [B, 3, H, W], to the posterior's mode, [B, C, h, w]."""
         return self.posterior(images)[0]
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
-        """Latents [B, C, h, w] to images in about [-1, 1], [B, 3, H, W] in float32. One at a time:
-        at 1024 x 1024 each takes more than a gigabyte on the way."""
+        """Decodes latents [B, C, h, w] to float32 images [B, 3, H, W] in about [-1, 1]. It does so
+        one at a time: each takes more than a gigabyte at 1024 x 1024."""
         z = (latents / self.scale + self.shift).to(self.dtype)
         return check_finite(torch.cat([widen(self.vae.decode(one)) for one in z.split(1)]), self.folder / "vae")
 
     def latent_shape(self, resolution: int | tuple[int, int]) -> tuple[int, int, int]:
-        """(C, h, w). Raises BadInput for a resolution that the networks can't take."""
+        """Returns (C, h, w). Raises BadInput for a resolution that the networks can't take."""
         size = (resolution, resolution) if isinstance(resolution, int) else tuple(resolution)
         unit = self.vae.downscale * self.dit.patch_size
         largest = unit * getattr(self.dit, "max_size", 10**6)
@@ -1818,11 +1816,10 @@ class Teacher:
 def load_teacher(
     name_or_path: str | Path, device: str = "cpu", dtype: torch.dtype = torch.float32, mapped: bool = False
 ) -> Teacher:
-    """A teacher by name (a key of NAMES), or from a folder or Hub repository in the diffusers
-    layout.
+    """Loads a teacher by name (a key of NAMES), or from a folder or Hub repository in the diffusers
+    layout. If mapped, the network's weights stay in their files until to_device(teacher.dit, ...).
 
-    mapped: its network's weights stay in their files until to_device(teacher.dit, device, dtype).
-    Raises BadInput for networks that don't fit their configuration, before weights are read."""
+    Raises BadInput, before weights are read, for networks that don't fit their configuration."""
     folder = resolve(name_or_path)
     if not (folder / "model_index.json").exists():
         raise BadInput(f"{folder}: model_index.json is missing, so it is no pipeline; a student goes with --student")
@@ -1833,7 +1830,7 @@ def load_teacher(
     family, backbone, autoencoder = PIPELINES[pipeline]
     scheduler = read_scheduler(folder, pipeline)
     check_text(folder, family)
-    # Sprint's pipeline feeds its network t itself, whatever the configuration says.
+    # Sprint's pipeline feeds t to its network, whatever the configuration says.
     sprint = pipeline == "SanaSprintPipeline" or str(name_or_path).startswith("sana-sprint-")
     override = {"timestep_scale": 0.001} if sprint else {}
     dit = load_network(folder / "transformer", backbone, device, dtype, mapped, **override)
@@ -1842,16 +1839,16 @@ def load_teacher(
 
 
 def load_student(folder_or_hub_id: str | Path, teacher: Teacher, mapped: bool = False) -> nn.Module:
-    """A student from its folder, from a whole pipeline's folder, or from a Hub repository of
-    either, on the teacher's device. mapped: as in load_teacher. Raises BadInput."""
+    """Loads a student from its folder, from a whole pipeline's folder, or from a Hub repository of
+    either, to the teacher's device. mapped: as in load_teacher. Raises BadInput."""
     folder = resolve(folder_or_hub_id, NETWORK)
     folder = folder / "transformer" if (folder / "transformer").is_dir() else folder
     config, expected, kind = read_json(folder / "config.json"), teacher.dit.config, type(teacher.dit)
     defaults = {name: p.default for name, p in inspect.signature(kind).parameters.items()}
-    own = ("guidance_embeds", "timestep_scale", "sample_size")  # in which Sprint's students differ
+    own = ("guidance_embeds", "timestep_scale", "sample_size")  # Sprint's students may differ in these
     for key in ("_class_name", *(key for key in defaults if key not in own)):
         mine, its = (defaults.get(key) if x.get(key) is None else x[key] for x in (config, expected))
-        if key == "_class_name":  # a data-aided student of the authors is a ...WithEncoder
+        if key == "_class_name":  # the authors' data-aided students are ...WithEncoder
             mine = str(mine).removesuffix("WithEncoder")
         if json.dumps(mine) != json.dumps(its):
             raise BadInput(f"{folder} is another teacher's student: {key} is {mine}, and {teacher.name}'s {its}")
@@ -1866,19 +1863,18 @@ def load_student(folder_or_hub_id: str | Path, teacher: Teacher, mapped: bool = 
 
 
 def local(x: Tensor) -> Tensor:
-    """The part of a tensor that this process holds."""
+    """Returns the part of a tensor that this process holds."""
     return x.to_local() if hasattr(x, "to_local") else x
 
 
 class Float32Adam(torch.optim.Optimizer):
-    """Adam with beta1 = 0, as in the paper, for weights of low precision.
+    """Implements Adam with beta1 = 0, as in the paper, for weights of low precision.
 
-    bf16 rounds away updates of 1e-5 and less. So each bf16 weight has a float32 copy: Adam updates
-    the copy, and the weight is its rounded value. The first moment is not stored: with beta1 = 0 it
-    is the gradient. accumulate: the gradients of several parts of a batch are added up in float32,
-    as sums in bf16 are percents off (FSDP2 does so by itself). take_step sets found_inf, a tensor
-    on the device: where it is 1 the step changes nothing.
-    """
+    bf16 rounds away updates of 1e-5 and less. So each bf16 weight has a float32 copy. Adam updates
+    the copy, and the weight is the rounded copy. With beta1 = 0 the first moment is the gradient,
+    so it is not stored. If accumulate, the gradients of a batch's parts are summed in float32,
+    because bf16 sums are wrong by percents (FSDP2 does so by itself). take_step sets found_inf, a
+    tensor on the device: if it is 1, the step changes nothing."""
 
     def __init__(self, weights: Iterable, lr: float, beta2: float = 0.999, eps: float = 1e-8, accumulate: bool = False):
         super().__init__(weights, {"lr": lr, "beta2": beta2, "eps": eps, "fused": True})
@@ -1913,14 +1909,14 @@ class Float32Adam(torch.optim.Optimizer):
 
 
 def blocks_of(net: nn.Module) -> list[nn.Module]:
-    """The blocks of a backbone: recomputed, gathered, compiled and adapted one at a time."""
+    """Returns a backbone's blocks, which are recomputed, gathered and compiled one by one."""
     return [*net.transformer_blocks, *getattr(net, "single_transformer_blocks", ())]
 
 
 class AdaptedLinear(nn.Linear):
-    """y = W x + b + B A x: a linear layer with shared, frozen weights and a low-rank adapter on it
-    (arXiv 2106.09685). B starts at zero, so that the layer starts as the shared one. Raises
-    BadInput for a rank above its width."""
+    """Computes y = W x + b + B A x: a linear layer with shared, frozen weights and a low-rank
+    adapter (arXiv 2106.09685). B starts at zero, so the layer starts as the shared one. Raises
+    BadInput for a rank above the layer's width."""
 
     def __init__(self, shared: nn.Linear, rank: int):
         width = min(shared.in_features, shared.out_features)
@@ -1938,9 +1934,8 @@ class AdaptedLinear(nn.Linear):
 
 
 def adapt(net: nn.Module, rank: int) -> nn.Module:
-    """A network on the very weights of `net`, with an adapter on each linear layer of its blocks.
-    So three networks hold one copy of the weights, and calling one of them uses its own adapters.
-    """
+    """Returns a network that shares the weights of `net` and has its own adapter on each linear
+    layer of its blocks. So three networks hold one copy of the weights."""
     twin = copy.deepcopy(net, {id(x): x for x in (*net.parameters(), *net.buffers())})
     for parent in [module for block in blocks_of(twin) for module in block.modules()]:
         for name, layer in [*parent.named_children()]:
@@ -1950,7 +1945,7 @@ def adapt(net: nn.Module, rank: int) -> nn.Module:
 
 
 def trainable_weights(net: nn.Module) -> list[nn.Parameter]:
-    """A student's or fake network's weights that are trained: its adapters, if any, else all."""
+    """Returns the trained weights of a student or fake network: its adapters, if any, else all."""
     adapters = [m for m in net.modules() if isinstance(m, AdaptedLinear)]
     return [w for m in adapters for w in (m.lora_A.weight, m.lora_B.weight)] or [*net.parameters()]
 
@@ -1959,9 +1954,9 @@ DIVERGED = "training diverged; the last state is whole: try a smaller --lr", Flo
 
 
 def plain_weights(net: nn.Module) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """A network's tensors under the checkpoint's names, adapters merged, W + B A; and the adapters
-    in the layout of diffusers' LoRA files. Of a network that processes share, the first process
-    gets all tensors, the others none."""
+    """Returns a network's tensors under the checkpoint's names, with adapters merged (W + B A), and
+    the adapters in the layout of diffusers' LoRA files. If processes share the network, the first
+    gets all tensors, and the others get none."""
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
     sharded = rank_and_world()[1] > 1
@@ -1978,8 +1973,8 @@ def plain_weights(net: nn.Module) -> tuple[dict[str, Tensor], dict[str, Tensor]]
 
 def save_student(net: nn.Module, teacher: Teacher | None, folder: str | Path) -> None:
     """Writes a student in the diffusers layout, each file whole or not at all. Adapters are merged,
-    and also written as diffusers' load_lora_weights reads them. Where processes share the network
-    all must call this. The dtype is the teacher's (the network's where teacher is None). Raises
+    and also written in the form that diffusers' load_lora_weights reads. All processes that share
+    the network must call it. The dtype is the teacher's (the network's if teacher is None). Raises
     FloatingPointError, and writes nothing, if a weight is not finite."""
     from safetensors.torch import save_file
 
@@ -1995,17 +1990,17 @@ def save_student(net: nn.Module, teacher: Teacher | None, folder: str | Path) ->
         tensors = {key: value.to("cpu", dtype).contiguous() for key, value in tensors.items()}
         if tensors:
             write(file, partial(save_file, tensors, metadata={"format": "pt"}))
-        else:  # adapters of a former run
+        else:  # remove the adapters of a former run
             file.unlink(missing_ok=True)
     write_json(folder / "config.json", net.config)
 
 
 def recompute_blocks(net: nn.Module) -> None:
-    """Activation checkpointing: a block keeps its input only, and backward runs the block again."""
+    """Applies activation checkpointing: a block keeps its input only, and backward reruns it."""
     from torch.utils.checkpoint import checkpoint
 
     for block in blocks_of(net):
-        # A function that torch.compile can see. Blocks use no random numbers: no state is kept.
+        # torch.compile can trace this function. Blocks use no random numbers: no state is kept.
         def forward(*inputs: object, original: Callable = block.forward):
             return checkpoint(original, *inputs, use_reentrant=False, preserve_rng_state=False)
 
@@ -2013,19 +2008,19 @@ def recompute_blocks(net: nn.Module) -> None:
 
 
 def compile_blocks(net: nn.Module) -> None:
-    """torch.compile, a block at a time: blocks of one shape share their kernels."""
-    # A block is called with and without gradients of inputs and weights, at two batch sizes.
+    """Applies torch.compile block by block, so that blocks of one shape share kernels."""
+    # Gradients of inputs and weights, on or off, and two batch sizes: each case recompiles.
     torch._dynamo.config.recompile_limit = 64
     for block in blocks_of(net):
         block.compile()
 
 
-# Many processes: torchrun starts them, FSDP2 shards the networks among them
+# Many processes: torchrun starts them, and FSDP2 shards the networks among them
 
 
 def join(device: str) -> None:
-    """Joins the processes that torchrun or another launcher started, if any did: they are told by
-    RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT. On CUDA each has a GPU of its own."""
+    """Joins the processes that torchrun or another launcher started, if any. RANK, WORLD_SIZE,
+    MASTER_ADDR and MASTER_PORT describe them. On CUDA each process has its own GPU."""
     env = os.environ
     many = {"RANK", "MASTER_ADDR", "MASTER_PORT"} <= env.keys() and int(env.get("WORLD_SIZE") or 1) > 1
     if many and rank_and_world()[1] == 1:
@@ -2037,8 +2032,8 @@ def join(device: str) -> None:
 
 
 def shard(net: nn.Module, device: str, dtype: torch.dtype) -> nn.Module:
-    """A copy of `net` of which each process holds its part: FSDP2 gathers a block when it is
-    called, and adds gradients up in float32 or wider."""
+    """Returns a copy of `net` of which each process holds a part. FSDP2 gathers a block when it is
+    called, and sums gradients in float32 or wider."""
     from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -2048,7 +2043,7 @@ def shard(net: nn.Module, device: str, dtype: torch.dtype) -> nn.Module:
     twin, mesh = copy.deepcopy(net, empty), init_device_mesh(device, (rank_and_world()[1],))
     # Inputs keep their dtypes: times and rotations are float32 whatever the weights are.
     mixed = MixedPrecisionPolicy(reduce_dtype=torch.promote_types(dtype, torch.float32), cast_forward_inputs=False)
-    for part in (*blocks_of(twin), twin):  # the root too lets go of what it gathered
+    for part in (*blocks_of(twin), twin):  # the root, too, frees what it gathered
         fully_shard(part, mesh=mesh, mp_policy=mixed, reshard_after_forward=True)
     twin.to_empty(device=device)
     set_model_state_dict(twin, net.state_dict(), options=StateDictOptions(full_state_dict=True))
@@ -2058,9 +2053,10 @@ def shard(net: nn.Module, device: str, dtype: torch.dtype) -> nn.Module:
 def three_networks(
     teacher: Teacher, start: nn.Module | None, lora: int | None, recompute: bool = False, compiled: bool = False
 ) -> tuple[nn.Module, nn.Module]:
-    """The student, from `start` or the teacher, and the fake network, from the teacher's network:
-    copies, or adapters of rank `lora` on the very weights. These and the teacher's network go to
-    its device; of many processes each holds its part of them. recompute: blocks, on a GPU."""
+    """Returns the student, made from `start` or the teacher, and the fake network, made from the
+    teacher: copies, or adapters of rank `lora` on shared weights. They and the teacher's network
+    move to its device. With many processes, each holds a part of them. recompute: backward
+    recomputes the blocks, on CUDA only."""
     device, many = teacher.device, rank_and_world()[1] > 1
     nets = [start or teacher.dit, teacher.dit]
     for net in set() if many else {*nets}:
@@ -2072,7 +2068,7 @@ def three_networks(
     elif not lora:
         nets = [copy.deepcopy(net) if net is teacher.dit else net for net in nets]
     recompute = recompute and device.type == "cuda"
-    if recompute:  # cuDNN's attention then ended in an illegal memory access (H200, torch 2.11)
+    if recompute:  # else cuDNN's attention makes an illegal memory access (H200, torch 2.11)
         torch.backends.cuda.enable_cudnn_sdp(False)
         if rank_and_world()[0] == 0:
             print("blocks are recomputed; --keep-activations is faster where memory allows", file=sys.stderr)
@@ -2087,11 +2083,11 @@ def three_networks(
 
 
 # State to resume from: state/ITERATION/ holds a safetensors file for each process and network.
-# state.json, written last, names the iteration; then the old state is deleted.
+# state.json is written last and names the iteration. Then the old state is deleted.
 
 
 def fingerprint(net: nn.Module) -> int:
-    """The sum of the bits of a network's weights, read as whole numbers: of all processes."""
+    """Returns the sum of a network's weight bits, read as whole numbers, over all processes."""
     kinds = {2: torch.int16, 4: torch.int32, 8: torch.int64}
     total = sum(local(x).view(kinds[x.itemsize]).sum(dtype=torch.int64) for x in net.state_dict().values())
     if rank_and_world()[1] > 1:
@@ -2100,7 +2096,7 @@ def fingerprint(net: nn.Module) -> int:
 
 
 def state_of(net: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """This process's trained weights and what Float32Adam keeps behind them, not copied."""
+    """Returns this process's trained weights and Float32Adam's state of them, without copying."""
     names, tensors = {w: name for name, w in net.named_parameters()}, {}
     for w in trainable_weights(net):
         entries = {"": w.detach()} | {f":{key}": x for key, x in optimizer.state[w].items()}
@@ -2109,15 +2105,15 @@ def state_of(net: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tens
 
 
 def check_origin(origin: dict[str, int], former: dict[str, int]) -> None:
-    """Compares the fingerprints of a run's networks with those at its start. Raises BadInput."""
+    """Compares a run's networks with those at its start, by fingerprint. Raises BadInput."""
     for role, x in former.items():
         if origin[role] != x:
             raise BadInput(f"--resume: the {role} that the run began with had other weights: restore them")
 
 
 def save_state(folder: Path, iteration: int, nets: dict, optimizers: Iterable, rng: torch.Generator) -> None:
-    """Writes a state beside the present one, which stays good until this one is whole. A network at
-    a time passes through the machine's memory. All processes must call it. Raises
+    """Writes a new state beside the old one, which stays valid until the new one is whole. One
+    network at a time passes through host memory. All processes must call it. Raises
     FloatingPointError if a number is not finite."""
     from safetensors.torch import save_file
 
@@ -2139,8 +2135,8 @@ def save_state(folder: Path, iteration: int, nets: dict, optimizers: Iterable, r
 
 
 def load_state(folder: Path, nets: dict[str, nn.Module], optimizers: Iterable, rng: torch.Generator) -> None:
-    """Puts a state back where save_state took it from. Raises BadInput for a state of other
-    networks or another number of processes, and for one that can't be read."""
+    """Copies a saved state into the networks, their optimizers and rng. Raises BadInput for a state
+    of other networks or another number of processes, and for one that can't be read."""
     notes, (rank, world) = read_json(folder / "state.json"), rank_and_world()
     if notes.get("processes") != world:
         raise BadInput(f"--resume: the run had {notes.get('processes')} processes, this one has {world}: start as many")
@@ -2157,7 +2153,7 @@ def load_state(folder: Path, nets: dict[str, nn.Module], optimizers: Iterable, r
 
 
 def move(where: str, nets: Iterable[nn.Module], optimizers: Iterable[torch.optim.Optimizer]) -> None:
-    """Moves networks, and what their optimizers keep, to the CPU or to a device."""
+    """Moves networks, and their optimizers' state, to the CPU or to a device."""
     for net in nets:
         net.to(where)
     for state in (state for optimizer in optimizers for state in optimizer.state.values()):
@@ -2165,25 +2161,25 @@ def move(where: str, nets: Iterable[nn.Module], optimizers: Iterable[torch.optim
 
 
 def training_memory(teacher: Teacher, lora: int | None, accumulate: int = 1, other_start: bool = False) -> dict:
-    """Bytes of training on each device by part, activations apart. In bf16: 24 a weight of the
-    network, 26 with accumulation; with adapters 2 a weight, and 22 or 24 a weight of an adapter.
-    other_start: the student has weights of its own. Raises BadInput for too large a rank."""
+    """Returns the bytes of training on each device by part, without activations. In bf16 a trained
+    weight takes 24, with accumulation 26. With LoRA a frozen weight takes 2, an adapter's 22 or 24.
+    other_start: the student has its own frozen weights. Raises BadInput for too large a rank."""
     world, low = rank_and_world()[1], teacher.dtype.itemsize
     weights = sum(w.numel() for w in teacher.dit.parameters())
     trained = sum(w.numel() for w in trainable_weights(adapt(teacher.dit, lora) if lora else teacher.dit))
-    # In one process all networks with adapters are on one copy; sharded, each has its own.
+    # In one process, networks with adapters share one copy. Sharded networks don't.
     copies = 1 if not lora else 3 if world > 1 else 1 + other_start
     return {
         "frozen weights": copies * weights * low / world,
         "trained weights and float32 copies": 2 * trained * (low + (4 if low < 4 else 0)) / world,
         "Adam": 2 * trained * max(4, low) / world,
-        # of one network at a time; FSDP2 keeps all of them until the last part of a batch
+        # of one network at a time; FSDP2 keeps them whole until the last part of a batch
         "gradients": trained * (low / world if accumulate == 1 else 4),
     }
 
 
 def device_memory(device: str) -> float:
-    """Bytes of the GPU, else of the machine; infinite where that can't be known."""
+    """Returns the bytes of the GPU's or else the machine's memory; infinity if unknown."""
     if device == "cuda":
         return float(torch.cuda.mem_get_info()[1])
     return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")) if hasattr(os, "sysconf") else math.inf
@@ -2192,29 +2188,29 @@ def device_memory(device: str) -> float:
 # ----------------------------------------------------------------------------------------------------------------------
 # 9. Evaluation: CLIP score, maximum mean discrepancy, diversity
 # ----------------------------------------------------------------------------------------------------------------------
-# On CLIP's embeddings, of unit length, of a few pictures of each prompt: x is [prompts, seeds, d].
-# Prompts are independent and pictures of one prompt are not, so standard errors count prompts.
+# Scores use CLIP's embeddings, of unit length, of SEEDS pictures per prompt: x is [P, SEEDS, d].
+# Prompts are independent, but pictures of one prompt are not. So standard errors count prompts.
 
 SEEDS = 4  # pictures of each prompt
 MEASURES = {"clip": "CLIP score", "cmmd": "CMMD to the reference", "diversity": "diversity"}
 
 
 def to_pixels(images: Tensor):
-    """[B, 3, H, W] in [-1, 1] -> numpy [B, H, W, 3] of bytes."""
+    """Turns images [B, 3, H, W] in [-1, 1] into numpy [B, H, W, 3] of bytes."""
     return ((images.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
 
 
 @torch.no_grad()
 def sample_pixels(teacher: Teacher, sampler: Callable, z: Tensor, cond: dict, seed: int):
-    """The pictures of sampler(z, cond, rng). Raises FloatingPointError if a student's latents are
-    not finite."""
+    """Returns the pictures of sampler(z, cond, rng) as numpy [B, H, W, 3] of bytes. Raises
+    FloatingPointError if the latents are not finite."""
     x = sampler(z, cond, rng=torch.Generator().manual_seed(seed))
     return to_pixels(teacher.decode(check_finite(x, "what the student generates", *DIVERGED)))
 
 
 class CLIP:
-    """Embeddings of pictures and of prompts by a CLIP model that transformers reads: from a folder,
-    or by its id on the Hub. Raises BadInput."""
+    """Embeds pictures and prompts with a CLIP model, which transformers reads from a folder or from
+    the Hub by its id. Raises BadInput if it can't be loaded."""
 
     def __init__(self, name_or_folder: str | Path, device: str = "cpu"):
         self.name = name_or_folder
@@ -2239,20 +2235,19 @@ class CLIP:
 
 
 def mmd(x: Tensor, y: Tensor, paired: bool = False, sigma: float = 10.0) -> tuple[float, float]:
-    """The squared maximum mean discrepancy E k(x, x') + E k(y, y') - 2 E k(x, y) with
-    k(x, y) = exp(-|x - y|^2 / (2 sigma^2)), unbiased, so that it may fall below zero, and its
-    standard error (jackknife: each prompt is left out in turn).
+    """Returns the squared maximum mean discrepancy E k(x, x') + E k(y, y') - 2 E k(x, y) and its
+    standard error, where k(x, y) = exp(-|x - y|^2 / (2 sigma^2)). The estimate is unbiased, so it
+    may be negative. The error is the jackknife's, which leaves out each prompt in turn.
 
-    x: [P, S, d], y: [Q, T, d], of P and Q independent prompts, 3 or more. A pair of samples counts
-    if their prompts differ; with paired=True x[i] and y[i] share a prompt.
-    """
+    x: [P, S, d] and y: [Q, T, d] come from P and Q independent prompts, 3 or more. A pair of
+    samples counts if their prompts differ. With paired=True, x[i] and y[i] share a prompt."""
 
-    def kernel(a: Tensor, b: Tensor) -> Tensor:  # means over both prompts' seeds
+    def kernel(a: Tensor, b: Tensor) -> Tensor:  # averages over the seeds of both prompts
         b, exact = b.double(), "donot_use_mm_for_euclid_dist"
         rows = (torch.cdist(row.double(), b, compute_mode=exact) for row in a)  # [Q, S, T] each
         return torch.stack([(-row.square() / (2 * sigma**2)).exp().mean((1, 2)) for row in rows])
 
-    # The mean over pairs of different prompts, and that mean with each prompt left out.
+    # Returns the mean over pairs of different prompts, also with each prompt left out.
     def pairs(k: Tensor) -> tuple[Tensor, Tensor]:
         n, k = len(k), k - k.diag().diag()
         return k.sum() / (n * (n - 1)), (k.sum() - 2 * k.sum(1)) / ((n - 1) * (n - 2))
@@ -2271,12 +2266,11 @@ def mmd(x: Tensor, y: Tensor, paired: bool = False, sigma: float = 10.0) -> tupl
 
 
 def scores(x: Tensor, texts: Tensor, reference: Tensor, paired: bool) -> dict[str, tuple[float, float]]:
-    """Scores of pictures x: [P, S, d], with standard errors. texts: [P, d], reference: [Q, T, d]
+    """Returns scores of pictures x: [P, S, d], with errors. texts: [P, d], reference: [Q, T, d]
 
     clip       the cosine between a picture and its prompt
     cmmd       1000 MMD^2 to the reference with sigma = 10 (arXiv 2401.09603, there biased)
-    diversity  the distance between two pictures of one prompt
-    """
+    diversity  the distance between two pictures of one prompt"""
 
     def mean(values: Tensor) -> tuple[float, float]:
         return values.mean().item(), (values.std() / len(values) ** 0.5).item()
@@ -2288,12 +2282,12 @@ def scores(x: Tensor, texts: Tensor, reference: Tensor, paired: bool) -> dict[st
 
 
 class Evaluation:
-    """Measures samplers on fixed prompts: evaluation(sampler, title) -> scores, a picture of each
-    prompt of this process, seconds a picture. Noise is a function of the seed and the prompt's
-    place, for any number of processes. Where processes share networks all must call it.
+    """Measures samplers on fixed prompts. evaluation(sampler, title) returns the scores, a picture
+    of each prompt of this process, and seconds a picture. The seed and the prompt's place fix its
+    noise, for any number of processes. All processes that share networks must call it.
 
-    cond: of the prompts, in host memory. latent_shape: (C, h, w). reference: files of pictures to
-    be like; if there are none, teacher_sampler makes them from other noise."""
+    cond: the prompts' conditions, in host memory. latent_shape: (C, h, w). reference: picture files
+    to compare with. If there are none, teacher_sampler makes them from other noise."""
 
     def __init__(
         self,
@@ -2317,11 +2311,11 @@ class Evaluation:
             self.reference, *_ = self.sample(teacher_sampler, seed + 1, "reference")
 
     def sample(self, sampler: Callable, seed: int, title: str) -> tuple[Tensor, list, float]:
-        """Pictures by sampler(z, cond, rng=rng): their embeddings [P, S, d], a picture of each
-        prompt of this process, and seconds a picture (the median over prompts)."""
+        """Samples pictures by sampler(z, cond, rng=rng). Returns their embeddings [P, S, d], a
+        picture of each prompt of this process, and seconds a picture (the median over prompts)."""
         (rank, world), count, device = rank_and_world(), len(self.prompts), self.teacher.device
         embedded, shown, seconds = [], [], []
-        rounds = -(-count // world)  # the last one repeats prompts: all processes sample as often
+        rounds = -(-count // world)  # the last one repeats prompts, so all processes sample equally often
         with tqdm(total=count * SEEDS, desc=title, unit=" images", leave=False, disable=rank > 0) as bar:
             for i in ((rank + world * j) % count for j in range(rounds)):
                 own_seed = random.Random(f"{seed} {i}").getrandbits(62)
@@ -2349,7 +2343,7 @@ class Evaluation:
 # 10. Inputs and figures: prompts and pictures, encoded a stretch of a run at a time
 # ----------------------------------------------------------------------------------------------------------------------
 
-GRAMMAR = {  # of prompts where no file is given: {name} is one of that line's choices
+GRAMMAR = {  # composes prompts if no file is given: {name} becomes one of that line's choices
     "prompt": "{scene}|{scene}, {style}|{style} of {scene}|{thing} {place}, {light}|{lettering} {place}",
     "scene": "{thing} {place}|{several} {place}|{thing} {relation} {thing}|{thing} and {several} {place}, {light}",
     "thing": "a {quality} {object}|a {colour} {object}|a {colour} {object} made of {material}|a {quality} {colour} {object}",
@@ -2365,12 +2359,12 @@ GRAMMAR = {  # of prompts where no file is given: {name} is one of that line's c
     "style": "a watercolour|an oil painting|a 35mm photograph|a pencil drawing|a 3D rendering|a woodcut|a pixel-art picture",
     "word": "OPEN|HELLO|NORTH|TEA|FLOW|DREAM|NOISE|TIME",
 }
-BATCH = 8  # prompts or images that go through an encoder together
-STRETCH = 1024  # each process encodes at least so many prompts at a time, and at least 8 iterations
+BATCH = 8  # an encoder takes this many prompts or images at a time
+STRETCH = 1024  # a stretch has at least this many prompts of each process, and 8 iterations
 
 
 def compose(key: str) -> str:
-    """A prompt from the grammar: objects, attributes, counts, places, styles. The key fixes it."""
+    """Composes a prompt of objects, attributes, counts, places and styles. The key fixes it."""
     rng, prompt = random.Random(key), "{prompt}"
     while "{" in prompt:
         prompt = re.sub(r"{(\w+)}", lambda match: rng.choice(GRAMMAR[match[1]].split("|")), prompt)
@@ -2378,7 +2372,7 @@ def compose(key: str) -> str:
 
 
 def read_prompts(file: str | Path) -> list[str]:
-    """The prompts of a file, one a line. Raises BadInput."""
+    """Returns the prompts of a file, one a line. Raises BadInput if there are none."""
     prompts = [line.strip() for line in read_text(Path(file)).split("\n") if line.strip()]
     if not prompts:
         raise BadInput(f"{file} holds no prompt: it needs one a line")
@@ -2386,8 +2380,8 @@ def read_prompts(file: str | Path) -> list[str]:
 
 
 def pictures_in(folder: Path) -> tuple[list[Path], dict[str, int]]:
-    """The images of a folder and its folders, by name, of every kind that Pillow reads; and how
-    many entries are left out, by reason (texts are not counted)."""
+    """Returns the images in a folder and its subfolders, by name, of every kind that Pillow reads,
+    and the number of entries that are left out, by reason (text files are not counted)."""
     from PIL import Image
 
     kinds = {end for end, kind in Image.registered_extensions().items() if kind in Image.OPEN}
@@ -2402,15 +2396,15 @@ def pictures_in(folder: Path) -> tuple[list[Path], dict[str, int]]:
 
 
 def say_left_out(taken: str, out: dict[str, int]) -> None:
-    """Prints what is taken in, if something else is left out."""
+    """Prints what is used, if something else is left out."""
     left = ", ".join(f"{count:,} {why}" for why, count in out.items() if count)
     if left and rank_and_world()[0] == 0:
         print(f"{taken}; left out: {left}", file=sys.stderr)
 
 
 def read_captions(folder: Path) -> list[tuple[Path, str]]:
-    """Images of a folder with their captions: from metadata.jsonl (file_name, text), else from .txt
-    files of the same names. Says what is left out. Raises BadInput."""
+    """Returns a folder's images with their captions, from metadata.jsonl (file_name, text) or else
+    from .txt files of the same names. Prints what is left out. Raises BadInput."""
     (images, out), index = pictures_in(folder), folder / "metadata.jsonl"
     texts = [(image, image.with_suffix(".txt")) for image in images if not index.exists()]
     pairs = [(image, read_text(text).strip()) for image, text in texts if text.exists()]
@@ -2431,19 +2425,19 @@ def read_captions(folder: Path) -> list[tuple[Path, str]]:
 
 
 def read_inputs(prompts: str | None, data: str | None) -> tuple[list[str], list[Path]]:
-    """Prompts of a file; or captions and images of a folder; or neither. Raises BadInput."""
+    """Returns a file's prompts, or a folder's captions and images, or neither. Raises BadInput."""
     pairs = read_captions(Path(data)) if data else []
     return read_prompts(prompts) if prompts else [text for _, text in pairs], [image for image, _ in pairs]
 
 
 @lru_cache(maxsize=4)
 def epoch_order(total: int, seed: str, epoch: int) -> list[int]:
-    """The order in which an epoch goes through `total` items."""
+    """Returns the order in which an epoch goes through `total` items."""
     return random.Random(f"{seed} {epoch}").sample(range(total), total)
 
 
 def encode(items: Sequence, encoder: Callable[[Sequence], dict[str, Tensor]]) -> dict[str, Tensor]:
-    """What `encoder` makes of some items at a time, a row each, in host memory."""
+    """Applies `encoder` to BATCH items at a time. Returns one row per item, in host memory."""
     rows, title = [], {"desc": "encoding", "leave": False, "delay": 1}
     with tqdm(total=len(items), disable=rank_and_world()[0] > 0, **title) as bar:
         for some in (items[i : i + BATCH] for i in range(0, len(items), BATCH)):
@@ -2453,24 +2447,24 @@ def encode(items: Sequence, encoder: Callable[[Sequence], dict[str, Tensor]]) ->
 
 
 def text_encoder(teacher: Teacher, tokens: int | None) -> Callable[[list[str]], dict[str, Tensor]]:
-    """The function from prompts to cond, at this number of tokens."""
+    """Returns the function that encodes prompts to cond with this number of tokens."""
     return lambda prompts: teacher.encode_prompts(prompts, tokens)
 
 
 def encode_images(teacher: Teacher, resolution: int, files: Sequence[Path]) -> dict[str, Tensor]:
-    """The mean and the standard deviation of the latents of images, cropped to squares."""
+    """Returns the mean and the standard deviation of the latents of images, cropped to squares."""
     pixels = torch.stack([torch.from_numpy(read_pixels(file, resolution)) for file in files])
     return dict(zip(("mean", "deviation"), teacher.posterior(pixels.permute(0, 3, 1, 2) / 127.5 - 1)))
 
 
 class Inputs:
-    """The batches of a run. Prompts and images are encoded a stretch of iterations at a time, into
-    host memory; each process encodes what it takes, or once all that fits into one stretch.
+    """Makes the batches of a run. Prompts and images are encoded into host memory, for a stretch of
+    iterations at a time. Each process encodes the items that it uses. If all items fit into one
+    stretch, each process encodes them all, once.
 
-    prompts: all, or none: then the grammar composes one for every sample of the run. images: files
-    that the prompts are captions of, or none. batch, accumulate and fake_updates are numbers of the
-    loop: its updates take new prompts each, and those of the fake network new images besides.
-    """
+    prompts: all prompts. If there are none, the grammar composes one for every sample of the run.
+    images: the files that the prompts are captions of, or none. batch, accumulate and fake_updates
+    are the loop's: each update takes new prompts, and a fake update also takes new images."""
 
     def __init__(
         self,
@@ -2488,8 +2482,8 @@ class Inputs:
         self.once = 0 < len(prompts) <= self.length * batch * self.all_parts
 
     def take(self, first: int, count: int, order: str = "") -> list[list[int]]:
-        """This process's share of the batches first, first + 1, ... of the run: indices of prompts,
-        each once an epoch. Where prompts are composed, item n is the n-th sample of the run."""
+        """Returns this process's share of the run's batches first, first + 1, ...: indices of
+        prompts, each once an epoch. If prompts are composed, item n is the run's n-th sample."""
         (rank, world), total = rank_and_world(), len(self.prompts)
         places = [((first + i) * world + rank) * self.batch for i in range(count)]
         parts = [range(place, place + self.batch) for place in places]
@@ -2498,11 +2492,11 @@ class Inputs:
         return [[epoch_order(total, f"{self.seed}{order}", n // total)[n % total] for n in part] for part in parts]
 
     def parts(self, iteration: int) -> list[list[int]]:
-        """The prompts of an iteration: the fake network's batches, then the generator's."""
+        """Returns the prompts of an iteration: the fake network's batches, then the generator's."""
         return self.take(iteration * self.all_parts, self.all_parts)
 
     def real_parts(self, iteration: int) -> list[list[int]]:
-        """The images of an iteration, with captions of their own: the fake network's batches."""
+        """Returns an iteration's images, with their captions, for the fake network's batches."""
         return self.take(iteration * self.fake_parts, self.fake_parts, " images") if self.images else []
 
     def prepare(self, iteration: int, iters: int, tokens: int | None, resolution: int) -> None:
@@ -2525,17 +2519,17 @@ class Inputs:
             print(f"{len(prompts):,} prompts at a time take {size / 1e9:.2g} GB of host memory", file=sys.stderr)
 
     def pick(self, encoded: dict[int, dict[str, Tensor]], items: list[int]) -> dict[str, Tensor]:
-        """What was encoded of these items, on the device."""
+        """Stacks the encoded rows of these items, on the device."""
         device = self.teacher.device
         rows = {key: torch.stack([encoded[item][key] for item in items]) for key in encoded[items[0]]}
-        if device.type == "cuda":  # from pinned memory the host need not wait for the copy
+        if device.type == "cuda":  # from pinned memory, so that the host need not wait for the copy
             rows = {key: x.pin_memory() for key, x in rows.items()}
         return {key: x.to(device, non_blocking=device.type == "cuda") for key, x in rows.items()}
 
     def batches(self, start: int, next_stretch: Callable[[int], None]) -> Iterator[tuple[dict, tuple | None]]:
-        """(cond, real) on the device, from iteration `start` on. real: with images (x_0, its own
-        cond), x_0 sampled from the autoencoder's posterior; None for the generator's batches.
-        next_stretch(iteration) has to call prepare."""
+        """Yields (cond, real) on the device, from iteration `start` on. With images, real is (x_0,
+        its own cond), where x_0 is sampled from the autoencoder's posterior. For the generator's
+        batches real is None. next_stretch(iteration) must call prepare."""
         rng = SharedGenerator(self.teacher.device)
         rng.rank, rng.world = rank_and_world()
         for iteration in itertools.count(start):
@@ -2551,7 +2545,7 @@ class Inputs:
 
 
 def pyplot():
-    """matplotlib without a screen, in the one style of this project's figures."""
+    """Returns matplotlib.pyplot without a screen, in the style of this project's figures."""
     import matplotlib as mpl
 
     mpl.use("Agg")
@@ -2564,9 +2558,9 @@ def pyplot():
 
 
 def plot_images(file: Path, rows: dict[str, Sequence], prompts: list[str], title: str = "") -> None:
-    """A grid: one row per name, one column per prompt. rows: of pixels, numpy [H, W, 3]"""
+    """Plots a grid, one row per name, one column per prompt. rows: pixels, numpy [H, W, 3]"""
     plt = pyplot()
-    columns, scale = len(prompts), max(1, len(prompts) / 4)  # of letters, for wide grids
+    columns, scale = len(prompts), max(1, len(prompts) / 4)  # enlarges the letters of wide grids
     size = (2.6 * columns + 0.4, 2.6 * len(rows) + (0.8 if title else 0.4))
     figure, axes = plt.subplots(len(rows), columns, figsize=size, squeeze=False)
     for (name, images), line in zip(rows.items(), axes):
@@ -2584,7 +2578,7 @@ def plot_images(file: Path, rows: dict[str, Sequence], prompts: list[str], title
 
 
 def plot_log(file: Path, log: list[dict]) -> None:
-    """The run's measurements against the images seen, and their running means."""
+    """Plots the run's measurements and their running means against the images seen."""
     import numpy as np
 
     plt = pyplot()
@@ -2620,13 +2614,13 @@ def plot_log(file: Path, log: list[dict]) -> None:
 
 
 def fail(message: object, status: int = 2) -> NoReturn:
-    """Ends the program with one line on standard error; exit status 2 is for bad input."""
+    """Ends the program with one line on standard error. Exit status 2 is for bad input."""
     print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
     raise SystemExit(status)
 
 
 class Stream:
-    """A standard stream that may be closed, or whose reader may go away: the rest is dropped."""
+    """Wraps a standard stream. Once it is closed or its reader is gone, the rest is dropped."""
 
     def __init__(self, stream):
         self.stream = stream
@@ -2643,8 +2637,8 @@ class Stream:
 
 @contextlib.contextmanager
 def one_line_errors() -> Iterator[None]:
-    """Ends a script with one line on standard error: exit status 2 for bad input, 130 for Ctrl-C, 1
-    for a disk or device that is full and for a run that diverged (FloatingPointError)."""
+    """Ends a script with one line on standard error. The exit status is 2 for bad input, 130 for
+    Ctrl-C, and 1 for a full disk or device, or a run that diverged (FloatingPointError)."""
     from safetensors import SafetensorError
 
     with contextlib.redirect_stdout(Stream(sys.stdout)), contextlib.redirect_stderr(Stream(sys.stderr)):
@@ -2658,15 +2652,15 @@ def one_line_errors() -> Iterator[None]:
             fail("stopped: what was saved before is whole", status=130)
         except (FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError) as error:
             fail(f"{error.filename} can't be written ({error.strerror}): choose another --out")
-        except (OSError, SafetensorError) as error:  # a full disk is SafetensorError to safetensors
+        except (OSError, SafetensorError) as error:  # safetensors raises its own error for a full disk
             fail(f"{error}; what was saved before is whole", status=1)
         except torch.OutOfMemoryError:
             fail("the GPU's memory is full: try a smaller --batch, --lora 16, or no --keep-activations", status=1)
 
 
 def check_numbers(args: argparse.Namespace) -> None:
-    """Raises BadInput for numbers that are not finite, a rate of 0, counts below 1 (a seed's 0 is
-    fine)."""
+    """Raises BadInput for numbers that are not finite, learning rates that are not above 0, and
+    counts below 1 (a seed may be 0)."""
     for name, value in vars(args).items():
         least = 0 if name == "seed" else 1
         flag, rate = "--" + name.replace("_", "-"), name in ("lr", "fake_lr")
@@ -2678,12 +2672,12 @@ def check_numbers(args: argparse.Namespace) -> None:
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    """The arguments; with --resume, those of the run's args.json unless they are given anew."""
+    """Returns the arguments. With --resume, missing ones come from the run's args.json."""
     about = "Distills a flow-matching teacher into a generator of a few steps (SiD-DiT), and samples from both."
     parser = argparse.ArgumentParser(description=about, epilog="Names: " + ", ".join(NAMES))
     parser.error = fail
     add = parser.add_argument
-    path = partial(add, type=os.path.expanduser)  # ~ is the home
+    path = partial(add, type=os.path.expanduser)  # expands ~
     path("--teacher", required=True, metavar="NAME", help="a name (below), a pipeline's folder or a Hub id")
     path("--student", metavar="FOLDER", help="a student's folder or Hub id: to sample from, or to start training from")
     add("--steps", type=int, help="K of the student (4); with --sample alone, the teacher's own number")
@@ -2691,13 +2685,13 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     three = "classifier-free (4.5; FLUX 1: none): one number, or three: in the fake network's training, of the fake "
     three += "network and of the teacher in the generator's loss"
     add("--guidance", type=float, nargs="+", metavar="G", help=three)
-    add("--embedded-guidance", type=float, help="FLUX: of teacher and fake network (3.5); its students' is 1")
-    add("--seed", type=int, default=0, help="of prompts, their order and all noise (%(default)s)")
+    add("--embedded-guidance", type=float, help="FLUX: for teacher and fake network (3.5); its students use 1")
+    add("--seed", type=int, default=0, help="fixes prompts, their order and all noise (%(default)s)")
     path("--out", metavar="FOLDER", help="the run's folder (runs/NAME, runs/NAME-data); with --sample, a picture")
-    add("--device", choices=("cuda", "mps", "cpu"), help="(the first of these that is there)")
-    add("--dtype", choices=("bf16", "fp32"), help="of all networks (cuda bf16, else fp32)")
+    add("--device", choices=("cuda", "mps", "cpu"), help="(the first of these that this machine has)")
+    add("--dtype", choices=("bf16", "fp32"), help="dtype of all networks (bf16 on cuda, else fp32)")
     path("--instruction", metavar="FILE", help="SANA: the text before every prompt (diffusers'); none: no text")
-    add("--tokens", type=int, help="of T5 or Gemma (the pipeline's; the authors train SD3 with 77)")
+    add("--tokens", type=int, help="tokens of T5 or Gemma (the pipeline's; the authors train SD3 with 77)")
 
     add = parser.add_argument_group("distillation").add_argument
     path = partial(add, type=os.path.expanduser)
@@ -2707,19 +2701,19 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--batch", type=int, default=1, help="images of each process at a time (%(default)s)")
     add("--accumulate", type=int, default=4, help="batches of an update (%(default)s; the authors' 256)")
     add("--lora", type=int, metavar="RANK", help="train low-rank adapters on one frozen copy")
-    add("--lr", type=float, help="(1e-6, SANA 5e-6; with --lora ten times that)")
-    add("--fake-lr", type=float, help="of the fake network (--lr)")
-    add("--fake-updates", type=int, default=1, metavar="N", help="of the fake network an iteration (%(default)s)")
-    add("--sid-scale", type=float, default=100.0, help="of the SiD or DMD loss (%(default)s)")
-    add("--discriminator-scale", type=float, default=1.0, help="of the discriminator's loss, with --data (%(default)s)")
-    add("--loss", choices=LOSSES, default="sid", help="of the generator (%(default)s)")
-    add("--alpha", type=float, default=1.0, help="of the SiD loss (%(default)s)")
+    add("--lr", type=float, help="learning rate (1e-6, SANA 5e-6; with --lora ten times that)")
+    add("--fake-lr", type=float, help="learning rate of the fake network (--lr)")
+    add("--fake-updates", type=int, default=1, metavar="N", help="fake network's updates per iteration (%(default)s)")
+    add("--sid-scale", type=float, default=100.0, help="factor of the SiD or DMD loss (%(default)s)")
+    add("--discriminator-scale", type=float, default=1.0, help="factor of its loss, with --data (%(default)s)")
+    add("--loss", choices=LOSSES, default="sid", help="the generator's loss (%(default)s)")
+    add("--alpha", type=float, default=1.0, help="alpha of the SiD loss (%(default)s)")
     add("--weight", choices=WEIGHTS, default="1-t", help="w(t) of the SiD or DMD loss (%(default)s)")
-    add("--noise", choices=NOISES, default="fresh", help="between the student's steps (%(default)s)")
+    add("--noise", choices=NOISES, default="fresh", help="noise between the student's steps (%(default)s)")
     add("--save-every", type=int, default=250, metavar="N", help="iterations between saves (%(default)s)")
     add("--keep-activations", action="store_true", help="faster, where the GPU's memory allows it")
     add("--compile", action="store_true", help="torch.compile: minutes at the start, on a GPU faster iterations")
-    add("--resume", action="store_true", help="go on where the run in --out was, with its settings")
+    add("--resume", action="store_true", help="continue the run in --out, with its settings")
     add("--evaluate-every", type=int, metavar="N", help="measure the student every N iterations, keep the best")
 
     group = parser.add_argument_group("sampling and evaluation")
@@ -2729,7 +2723,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         "--sample", action="append", metavar="PROMPT", help="sample this; repeat for more; @FILE: its lines, into --out"
     )
     only("--evaluate", action="store_true", help="a table: the teacher's own sampler, --student at 1, 2 and 4 steps")
-    path("--reference", metavar="FOLDER", help="of pictures to be like (the teacher's own samples)")
+    path("--reference", metavar="FOLDER", help="pictures to compare with (the teacher's own samples)")
     add("--num", type=int, help=f"pictures, {SEEDS} of a prompt (500; with --evaluate-every 64)")
     path("--clip", default="openai/clip-vit-large-patch14", metavar="NAME", help="a folder or Hub id (%(default)s)")
 
@@ -2747,8 +2741,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 def settle(args: argparse.Namespace) -> tuple[argparse.Namespace, Teacher, nn.Module | None]:
     """Fills in the defaults that depend on the device and the networks. Returns the settings, the
-    teacher and the student, if one is given, whose networks are still in their files. Raises
-    BadInput for what can't be."""
+    teacher, and the student if one is given. The networks' weights are still in their files. Raises
+    BadInput for settings that can't work."""
     check_numbers(args)
     if args.evaluate and not args.student:
         raise BadInput("--evaluate measures a student: give --student FOLDER")
@@ -2763,7 +2757,7 @@ def settle(args: argparse.Namespace) -> tuple[argparse.Namespace, Teacher, nn.Mo
     join(device)
     dtype = args.dtype or ("bf16" if device == "cuda" else "fp32")
     teacher = load_teacher(args.teacher, device, {"bf16": torch.bfloat16, "fp32": torch.float32}[dtype], mapped=True)
-    text = args.instruction  # SANA's own is looked for now, before a run begins
+    text = args.instruction  # look for SANA's text now, before a run begins
     text = teacher.instruction if not text else "" if text == "none" else read_text(Path(text)).removesuffix("\n")
     teacher.instruction = text
     embeds = teacher.dit.config.get("guidance_embeds")
@@ -2787,7 +2781,7 @@ def settle(args: argparse.Namespace) -> tuple[argparse.Namespace, Teacher, nn.Mo
         "teacher_guidance": guidance[-1],
         "lr": (5e-6 if teacher.family == "sana" else 1e-6) * (10 if args.lora else 1) if args.lr is None else args.lr,
         "num": args.num or (500 if args.evaluate else 64),
-        # the authors' waiting times, or a tenth and a fifth of the images of a shorter run
+        # the authors' waiting times or, for shorter runs, a tenth and a fifth of all images
         "warmup": getattr(args, "warmup", (min(20_000, images // 10), min(40_000, images // 5))),
     }
     teacher.latent_shape(decided["resolution"])
@@ -2795,12 +2789,12 @@ def settle(args: argparse.Namespace) -> tuple[argparse.Namespace, Teacher, nn.Mo
 
 
 def say_memory(teacher: Teacher, parts: dict[str, float]) -> None:
-    """Prints the memory of a run, by part. Raises BadInput where the device has less."""
+    """Prints the memory that a run takes, by part. Raises BadInput if the device has less."""
     needed, have = sum(parts.values()), device_memory(teacher.device.type)
     listed = ", ".join(f"{name} {size / 1e9:.1f}" for name, size in parts.items())
     line = f"{teacher.name} takes {needed / 1e9:.1f} GB of memory ({listed}), besides activations, text encoders and "
     line += f"autoencoder; {teacher.device.type} has {have / 1e9:.1f} GB"
-    if needed > 0.95 * have:  # CUDA itself takes some
+    if needed > 0.95 * have:  # CUDA itself needs some
         advice = "--dtype bf16, in training --lora 16 or more processes with --accumulate 1, or a smaller teacher"
         raise BadInput(f"{line}: try {advice}")
     if needed > 2e9 and rank_and_world()[0] == 0:
@@ -2808,11 +2802,11 @@ def say_memory(teacher: Teacher, parts: dict[str, float]) -> None:
 
 
 def sample(args: argparse.Namespace, teacher: Teacher, student: nn.Module | None) -> None:
-    """--sample: pictures of prompts, by the teacher's own sampler or by a student. Pictures of a
-    file's lines, @FILE, are numbered in a folder; prompts are encoded a stretch at a time."""
+    """Runs --sample: pictures of prompts, by the teacher's own sampler or by a student. Pictures of
+    a file's lines, @FILE, are numbered in a folder. Prompts are encoded a stretch at a time."""
     from PIL import Image
 
-    if rank_and_world()[0] > 0:  # one process samples
+    if rank_and_world()[0] > 0:  # only the first process samples
         return
     device, out, numbered = teacher.device, Path(args.out), any(x.startswith("@") for x in args.sample)
     lines = [read_prompts(os.path.expanduser(x[1:])) if x.startswith("@") else [x] for x in args.sample]
@@ -2840,7 +2834,7 @@ def sample(args: argparse.Namespace, teacher: Teacher, student: nn.Module | None
         net.register_forward_hook(lambda *_: bar.update() and None)  # a hook must return None
         for i in range(len(prompts)):
             if i % STRETCH == 0:
-                if i:  # the text encoders take the network's place
+                if i:  # make room for the text encoders
                     net.to("cpu")
                 cond = encode(prompts[i : i + STRETCH], encoder)
                 teacher.forget_text()
@@ -2860,7 +2854,7 @@ def sample(args: argparse.Namespace, teacher: Teacher, student: nn.Module | None
 def evaluation_inputs(
     clip: str, device: torch.device, prompts: list[str], pictures: int, reference: str | None, seed: int
 ) -> tuple[CLIP, list[str], list[Path]]:
-    """CLIP, prompts (given or composed), and the reference's files. Raises BadInput."""
+    """Returns CLIP, the prompts (given or composed) and the reference's files. Raises BadInput."""
     count, (files, out) = -(-pictures // SEEDS), pictures_in(Path(reference)) if reference else ([], {})
     say_left_out(f"{reference}: {len(files):,} images", out)
     chosen = [*dict.fromkeys(prompts)][:count] or [compose(f"evaluation {seed} {i}") for i in range(count)]
@@ -2872,7 +2866,7 @@ def evaluation_inputs(
 
 
 def evaluate(args: argparse.Namespace, teacher: Teacher, student: nn.Module) -> None:
-    """--evaluate: measures the teacher's own sampler, and a student at 1, 2, 4 steps."""
+    """Runs --evaluate: measures the teacher's own sampler, and a student at 1, 2 and 4 steps."""
     out, (given, _) = Path(args.out), read_inputs(args.prompts, args.data)
     inputs = args.clip, teacher.device, given, args.num, args.reference, args.seed
     clip, prompts, reference = evaluation_inputs(*inputs)
@@ -2911,9 +2905,9 @@ def evaluate(args: argparse.Namespace, teacher: Teacher, student: nn.Module) -> 
 
 
 class Log:
-    """A run's measurements: `rows` of numbers, and a line an iteration in log.jsonl, of which a
-    resumed run keeps `iterations`. New ones stay on the device for a while: reading makes the host
-    wait."""
+    """Keeps a run's measurements: `rows` of numbers, and one line per iteration in log.jsonl. A
+    resumed run keeps the first `iterations` lines. New measurements stay on the device for a while,
+    because reading them makes the host wait."""
 
     def __init__(self, file: Path, iterations: int):
         lines = file.read_text(encoding="utf-8").splitlines()[:iterations] if iterations else []
@@ -2922,8 +2916,8 @@ class Log:
             write(file, lambda part: part.write_text("".join(line + "\n" for line in lines), encoding="utf-8"))
 
     def add(self, measured: dict, read: bool) -> bool:
-        """Adds an iteration. If `read`, or after ten of them, reads them as means over the
-        processes, and returns True. Numbers that are not finite become None."""
+        """Adds an iteration. If `read`, or after ten of them, reads the waiting ones as means over
+        the processes and returns True. Numbers that are not finite become None."""
         self.waiting.append(measured)
         if not read and len(self.waiting) < 10:
             return False
@@ -2940,11 +2934,11 @@ class Log:
         return True
 
     def cmmds(self) -> list[float]:
-        """Every CMMD measured so far."""
+        """Returns every CMMD measured so far."""
         return [row["scores"]["cmmd"][0] for row in self.rows if "scores" in row]
 
     def summary(self) -> str:
-        """The numbers that the progress bar shows."""
+        """Returns the numbers that the progress bar shows, as text."""
         recent = [row["fisher"] for row in self.rows[-10:] if row["fisher"] is not None]
         parts = [f"Fisher estimate {sum(recent) / len(recent):.3g}" if recent else "no finite Fisher estimate"]
         parts += [f"CMMD {x:.3g}" for x in self.cmmds()[-1:]]
@@ -2954,10 +2948,10 @@ class Log:
 
 @contextlib.contextmanager
 def signals() -> Iterator[list[int]]:
-    """Appends the first Ctrl-C, SIGTERM or SIGHUP (the terminal closes; unless it is ignored, as
-    under nohup) to a list, which is checked after each iteration. The second one ends the process;
-    not under torchrun, which passes on signals that its processes have already, and kills them 30
-    seconds later itself."""
+    """Appends the first Ctrl-C, SIGTERM or SIGHUP to a list, which is checked after each iteration.
+    (The terminal sends SIGHUP when it closes; under nohup it stays ignored.) The second signal ends
+    the process. Under torchrun it doesn't: torchrun passes on signals that its processes already
+    have, and kills them itself after 30 seconds."""
     caught: list[int] = []
 
     def catch(number: int, frame: object) -> None:
@@ -2977,7 +2971,7 @@ def signals() -> Iterator[list[int]]:
 
 
 def largest(number: int) -> int:
-    """The largest of all processes' numbers, compared on the CPU: no device is waited for."""
+    """Returns all processes' largest number. The CPU compares them and waits for no device."""
     x = torch.tensor(number)
     if rank_and_world()[1] > 1:
         torch.distributed.all_reduce(x, torch.distributed.ReduceOp.MAX)
@@ -2985,8 +2979,8 @@ def largest(number: int) -> int:
 
 
 def begin_run(out: Path, args: argparse.Namespace) -> int:
-    """Writes args.json, which makes a folder a run's, and returns the iteration of its state, 0
-    where it has none. Raises BadInput if the folder holds a run and --resume is not given."""
+    """Writes args.json, which marks a folder as a run's, and returns the iteration of its state, or
+    0 if it has none. Raises BadInput if the folder holds a run and --resume is not given."""
     out.mkdir(parents=True, exist_ok=True)
     state = out / "state" / "state.json"
     first = read_json(state).get("iteration") if args.resume and state.is_file() else 0
@@ -3005,7 +2999,7 @@ def begin_run(out: Path, args: argparse.Namespace) -> int:
 
 
 def sampling_command(args: argparse.Namespace, prompt: str) -> str:
-    """The command line that samples from a run's student."""
+    """Returns the command line that samples from a run's student."""
     names = ("steps", "resolution", "device", "dtype", "tokens", "noise", "instruction")
     options = [f"--{name}={getattr(args, name)}" for name in names if getattr(args, name) is not None]
     student = ["--teacher", args.teacher, "--student", f"{args.out}/student"]
@@ -3013,11 +3007,11 @@ def sampling_command(args: argparse.Namespace, prompt: str) -> str:
 
 
 SETTINGS = ("steps", "loss", "alpha", "weight", "noise", "guidance", "sid_scale", "discriminator_scale", "warmup")
-SETTINGS += ("iters", "accumulate", "fake_updates")  # of the loop
+SETTINGS += ("iters", "accumulate", "fake_updates")  # arguments of distill
 
 
 def train(args: argparse.Namespace, teacher: Teacher, start: nn.Module | None) -> None:
-    """Distills the teacher into a student, and shows how it goes."""
+    """Distills the teacher into a student, and saves student, state, measurements and pictures."""
     out, (rank, world), device = Path(args.out), rank_and_world(), teacher.device
     prompts, files = read_inputs(args.prompts, args.data)
     eval_inputs = args.clip, device, prompts, args.num, args.reference, args.seed
@@ -3025,15 +3019,15 @@ def train(args: argparse.Namespace, teacher: Teacher, start: nn.Module | None) -
     say_memory(teacher, training_memory(teacher, args.lora, args.accumulate, bool(start)))
     first = begin_run(out, args)
 
-    # Prompts become conditions, and the text encoders leave, before the networks are on the device.
+    # Encode prompts, and free the text encoders, before the networks move to the device.
     shown = prompts[:4] or [compose(f"shown {args.seed} {i}") for i in range(4)]
     uncond, cond, eval_cond = (encode(some, text_encoder(teacher, args.tokens)) for some in ([""], shown, eval_prompts))
     uncond, cond = ({key: x.to(device) for key, x in rows.items()} for rows in (uncond, cond))
     inputs = Inputs(teacher, prompts, files, args.batch, args.accumulate, args.seed, args.fake_updates)
     inputs.prepare(first, args.iters, args.tokens, args.resolution)
 
-    # Three networks, two optimizers, and the source of random numbers: the state of the run.
-    torch.manual_seed(args.seed)  # of the adapters' first weights
+    # The state of the run is three networks, two optimizers and a random generator.
+    torch.manual_seed(args.seed)  # fixes the adapters' first weights
     student, fake = three_networks(teacher, start, args.lora, not args.keep_activations, args.compile)
     origin = {"teacher": fingerprint(teacher.dit), "student": fingerprint(student)}
     nets, rates = {"student": student, "fake": fake}, (args.lr, args.fake_lr or args.lr)
@@ -3056,7 +3050,7 @@ def train(args: argparse.Namespace, teacher: Teacher, start: nn.Module | None) -
     log, measured_like = Log(out / "log.jsonl", first), (latents, args.seed, teacher_sampler, reference)
     evaluation = Evaluation(teacher, clip, eval_prompts, eval_cond, *measured_like) if clip else None
 
-    def next_stretch(iteration: int) -> None:  # the text encoders take the networks' place
+    def next_stretch(iteration: int) -> None:  # makes room for the text encoders
         move("cpu", (teacher.dit, student, fake), optimizers)
         inputs.prepare(iteration, args.iters, args.tokens, args.resolution)
         move(device, (teacher.dit, student, fake), optimizers)
