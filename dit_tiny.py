@@ -30,14 +30,14 @@ from tqdm import tqdm
 
 import sid_fm
 from sid_fm import add_noise, flow_matching_loss, noise_like, sample_times
-from toy_2d import BLUE, GREY, INK, RED, TITLES, Distilled, cosine, distill_student, plural, run_jobs, save_figure
+from toy_2d import BLUE, GREY, INK, TITLES, Distilled, cosine, distill_student, plural, run_jobs, save_figure
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Pictures and captions
 # ----------------------------------------------------------------------------------------------------------------------
 # A picture shows one object ("red circle"), two that are alike ("two red circles"), or two of
 # different colours in a relation ("red circle left of blue square"). Each object stands near a
-# place that the caption determines, and objects never overlap, so that a picture can be read back.
+# place that the caption determines, and objects don't overlap, so that a picture can be read back.
 # Sizes and positions are continuous.
 
 COLOURS = {"red": (0.84, 0.16, 0.16), "green": (0.13, 0.60, 0.30), "blue": (0.16, 0.35, 0.80)}
@@ -48,9 +48,9 @@ KINDS = torch.tensor([0.4, 0.2, 0.4])  # probabilities: one object, two alike, a
 
 SIZE = 24  # pixels a side of a picture
 PIXELS = torch.arange(SIZE) + 0.5  # where the pixels' centres are, along x and y
-RADII = (3.5, 4.5)  # the range of half the side of an object's box
+RADII = (3.0, 4.5)  # the range of half the side of an object's box
 PLACES = torch.tensor([-6.5, 6.5])  # of two objects, from the middle
-JITTER = 1.5  # the largest distance of an object from its place, along x and along y
+JITTER = 2.0  # the largest distance of an object from its place, along x and along y
 
 
 class Scenes(NamedTuple):
@@ -73,7 +73,7 @@ def sample_scenes(n: int, rng: torch.Generator) -> Scenes:
     shape[:, 1] = torch.where(kind == 1, shape[:, 0], shape[:, 1])
     count, relation = 1 + (kind > 0).long(), torch.where(kind == 2, integers(len(RELATIONS), (n,)), -1)
     radius = RADII[0] + (RADII[1] - RADII[0]) * torch.rand(n, 2, generator=rng)
-    # One object is near the middle. Two are side by side or one above the other, a pixel apart.
+    # One object is near the middle. Two are side by side or one above the other, and may touch.
     centre = SIZE / 2 + JITTER * (2 * torch.rand(n, 2, 2, generator=rng) - 1)
     axis = (relation == RELATIONS.index("above")).long()
     centre[torch.arange(n), :, axis] += torch.where(count[:, None] == 1, 0, PLACES)
@@ -90,14 +90,14 @@ def write_captions(scenes: Scenes) -> list[str]:
 
 
 def coverage(shape: Tensor, radius: Tensor, centre: Tensor) -> Tensor:
-    """How much of each pixel an object covers, by the pixel's distance from the object's edge.
-    [n], [n], [n, 2] -> [n, SIZE, SIZE] in [0, 1]"""
+    """How much of each pixel an object covers, by the pixel's distance from the object's edge, which
+    is two pixels wide. [n], [n], [n, 2] -> [n, SIZE, SIZE] in [0, 1]"""
     x, y = (PIXELS - centre[:, :1])[:, None, :], (PIXELS - centre[:, 1:])[:, :, None]
     r = radius[:, None, None]
     circle, square = torch.hypot(x, y) - r, torch.maximum(x.abs(), y.abs()) - r
     triangle = torch.maximum(y - r, (2 * x.abs() - y - r) / 5**0.5)
     distance = torch.stack([circle, square, triangle])[shape, torch.arange(len(shape))]
-    return (0.5 - distance).clamp(0, 1)
+    return (0.5 - distance / 2).clamp(0, 1)
 
 
 def render(scenes: Scenes) -> Tensor:
@@ -409,7 +409,7 @@ def tiny_students(args: argparse.Namespace, teacher: nn.Module) -> list[Distille
 # ----------------------------------------------------------------------------------------------------------------------
 
 GROUPS = 20  # of the jackknife
-GUIDANCES = (1.0, 2.5, 4.5, 7.0)  # of the figure
+GUIDANCES = (1.0, 1.5, 2.5, 4.5)  # of the teacher in the figure
 
 
 class PictureMeasure:
@@ -470,14 +470,13 @@ class PictureMeasure:
 
 
 def print_table(table: dict[str, dict], samples: int, guidance: float) -> None:
-    parts = ("all", "object", "colour", "count", "relation")
-    print(f"\n{'':31}{'Frechet':>14}{'diversity':>13}" + "".join(f"{name:>11}" for name in parts) + "  s/1000")
+    print(f"\n{'':31}{'accuracy, %':>14}{'Frechet distance':>20}{'diversity, bits':>18}{'s per 1000':>13}")
     for name, line in table.items():
-        distance, bits = line["frechet"], line["diversity"]
-        cells = f"{distance[0]:8.3f} ±{distance[1]:5.3f}{bits[0]:7.2f} ±{bits[1]:4.2f}"
-        cells += "".join(f"{100 * line[key][0]:6.1f} ±{100 * line[key][1]:3.1f}" for key in parts)
-        print(f"{name:31}{cells}" + (f"{line['seconds']:8.2f}" if "seconds" in line else ""))
-    print(f"{samples} samples a row, ± half a 95% interval; accuracy in %, guidance {guidance:g}\n")
+        (right, half), distance, bits = line["all"], line["frechet"], line["diversity"]
+        cells = f"{100 * right:9.1f} ±{100 * half:3.1f}{distance[0]:13.3f} ±{distance[1]:5.3f}"
+        cells += f"{bits[0]:12.2f} ±{bits[1]:4.2f}"
+        print(f"{name:31}{cells}" + (f"{line['seconds']:13.2f}" if "seconds" in line else ""))
+    print(f"{samples} samples a row, ± half a 95% interval; guidance {guidance:g}\n")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -485,38 +484,27 @@ def print_table(table: dict[str, dict], samples: int, guidance: float) -> None:
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def plot_decline(file: Path, student: dict[int, dict], title: str) -> None:
-    """The Frechet distance against iterations. In the paper, FID falls about exponentially."""
-    figure, axis = sid_fm.pyplot().subplots(figsize=(6, 3.8))
-    distances, halves = np.array([line["frechet"] for line in student.values()]).T
-    axis.errorbar([*student], distances, halves, color=BLUE, marker="o", markersize=5, capsize=3)
-    axis.set(yscale="log", xlabel="iterations", ylabel="Frechet distance", title=title)
-    save_figure(figure, file)
-
-
-def plot_guidance(file: Path, teacher: dict[float, dict], students: dict[str, dict], guidance: float) -> None:
-    """Accuracy and diversity of the teacher against the guidance that it is sampled with. Students
-    stand a little to the right of the guidance that they were distilled with."""
-    figure, axes = sid_fm.pyplot().subplots(1, 2, figsize=(10, 3.8))
-    panels = (("all", "accuracy, all of the caption, %", 100), ("diversity", "diversity, bits", 1))
-    for axis, (key, label, scale) in zip(axes, panels):
-        values, halves = scale * np.array([line[key] for line in teacher.values()]).T
-        axis.errorbar([*teacher], values, halves, color=GREY, marker="o", capsize=3, label="teacher, 28 steps")
-        for color, shift, (name, line) in zip((BLUE, RED, INK), (0.1, 0.2, 0.3), students.items()):
-            value, half = scale * np.array(line[key])
-            axis.errorbar(guidance + shift, value, half, color=color, marker="s", capsize=3, label=name)
-        axis.set(xlabel=f"guidance (the students': {guidance:g})", ylabel=label)
-    axes[0].legend(fontsize=8.5)
+def plot_guidance(file: Path, teacher: dict[str, dict], students: dict[str, dict]) -> None:
+    """Accuracy against diversity: the teacher along the guidance that it is sampled with, and
+    students by the guidance that they were distilled with, each with its name beside it."""
+    figure, axis = sid_fm.pyplot().subplots(figsize=(8, 4.6))
+    groups = (teacher, "o-", GREY, "teacher, 28 steps, guided"), (students, "s", BLUE, "one-step students")
+    for rows, marker, color, label in groups:
+        points = [(row["diversity"], 100 * row["all"]) for row in rows.values()]
+        axis.plot(*zip(*points), marker, color=color, markersize=7, label=label)
+        for name, (bits, right) in zip(rows, points):
+            axis.annotate(name, (bits, right), (0, 8), textcoords="offset points", ha="center", fontsize=9, color=INK)
+    axis.set(xlabel="diversity, bits (the data: 3)", ylabel="accuracy, %")
+    axis.margins(0.12)
+    axis.legend(fontsize=9, loc="lower left")
     save_figure(figure, file)
 
 
 def plot_pictures(file: Path, pictures: dict[str, Tensor], texts: list[str]) -> None:
-    """A row for each sampler, and a column for each of eight captions, from short to long."""
+    """A row for each sampler, and a column for each of six captions, from short to long."""
     shown = [texts.index(text) for text in dict.fromkeys(sorted(texts, key=len))]
-    shown = shown[:: max(1, len(shown) // 8)][:8]
-    rows = {
-        name.replace(", ", "\n").replace(" data", "\ndata"): sid_fm.to_pixels(x[shown]) for name, x in pictures.items()
-    }
+    shown = shown[:: max(1, len(shown) // 6)][:6]
+    rows = {name.replace(", ", "\n"): sid_fm.to_pixels(x[shown]) for name, x in pictures.items()}
     sid_fm.plot_images(file, rows, [texts[i] for i in shown])
 
 
@@ -544,43 +532,36 @@ def run_tiny(args: argparse.Namespace) -> None:
     for name, (result, counts) in students.items():
         sid_fm.save_student(result.student, None, args.out / name.lower().replace(" ", "-"))
         samplers |= {f"{name}, {plural(n)}": measure.few_step(result.student, n, args.noise) for n in counts}
-    along = {f"after {i} iterations": measure.few_step(net, 1, args.noise) for i, net in one.copies.items()}
-    guided = {f"guidance {g}": measure.euler(teacher, 28, g) for g in GUIDANCES}
-    jobs = measure.jobs(samplers | along, args.samples) | measure.jobs(guided, min(1000, args.samples))
-    results = run_jobs(jobs)
+    results = run_jobs(measure.jobs(samplers, args.samples))
 
     data = render(measure.scenes)
     data = {"data": data, "data, through the autoencoder": decode_latents(encode_pictures(data))}
     pictures = data | {name: results[name][0] for name in samplers}
     table = {name: measure.scores(x) for name, x in data.items()} | {name: results[name][1] for name in samplers}
-    copies = {i: results[name][1] for i, name in zip(one.copies, along)}
-    guidances = {g: results[name][1] for g, name in zip(GUIDANCES, guided)}
-    notes = {"args": vars(args), "seconds": time.perf_counter() - start, "table": table, "convergence": copies}
-    notes |= {"guidance": guidances, "discriminator": float(np.mean(aided.log["discriminator"][-100:]))}
+    notes = {"args": vars(args), "seconds": time.perf_counter() - start, "table": table}
+    notes["discriminator"] = float(np.mean(aided.log["discriminator"][-100:]))
     sid_fm.write_json(args.out / "results.json", notes)
     print_table(table, args.samples, args.guidance)
     print(f"  the discriminator's cross-entropy at the end: {notes['discriminator']:.3f} (0.693 is chance)")
 
-    best = {name: f"{name}, {plural(counts[0])}" for name, (_, counts) in students.items()}
-    shown = ["data", *(f"teacher, {plural(n)}" for n in (28, 4, 1)), *best.values()]
-    plot_pictures(args.out / "samples.png", {row: pictures[row] for row in shown}, measure.texts)
-    plot_decline(args.out / "convergence.png", copies, f"{title} one-step student")
-    plot_guidance(args.out / "guidance.png", guidances, {name: table[row] for name, row in best.items()}, args.guidance)
+    shown = {"data": "data", "teacher, 28 steps": "teacher, 28 steps", "teacher, 1 step": "teacher, 1 step"}
+    shown |= {"student, 1 step": f"{title} one-step, 1 step"}
+    shown |= {f"student, {plural(args.steps)}": f"{title} {args.steps}-step, {plural(args.steps)}"}
+    plot_pictures(args.out / "samples.png", {row: pictures[name] for row, name in shown.items()}, measure.texts)
     print(f"  {notes['seconds']:.0f} s in all; weights, results.json and figures are in {args.out}")
 
 
 def study_places(args: argparse.Namespace) -> None:
-    """Distills one-step students with guidance in training the fake network, in the fake network
-    and in the teacher of the generator's loss, by three seeds each. Prints medians and ranges."""
+    """Distills one-step students, three seeds each, with guidance in some of its three places: the
+    fake network's training, and the fake network and the teacher in the generator's loss. Prints
+    medians and ranges, and plots accuracy against diversity, beside the guided teacher."""
     teacher, g, seeds = load_or_train_teacher(args), args.guidance, range(args.seed, args.seed + 3)
     measure, columns = PictureMeasure(args.samples, args.seed, args.device), ("all", "frechet", "diversity")
-    places = {  # the few-step paper (2505.12674) names the last two and the second
+    places = {  # the few-step paper (2505.12674) names the first and the last two
+        "in all three": (g, g, g),
         "nowhere": (1, 1, 1),
-        "in all three (long and short)": (g, g, g),
-        "training of the fake network": (g, 1, 1),
-        "loss, fake network": (1, g, 1),
-        "loss, teacher": (1, 1, g),
-        "loss, both": (1, g, g),
+        "teacher alone": (1, 1, g),
+        "both in the loss": (1, g, g),
         "zero-CFG": (0, 0, 1),
         "anti-CFG": (-1, -1, 1),
     }
@@ -597,18 +578,24 @@ def study_places(args: argparse.Namespace) -> None:
         return [row[name][0] for name in columns]
 
     runs = {f"{name}, seed {i}": {"guidance": three, "seed": i} for name, three in places.items() for i in seeds}
-    results = run_jobs({name: (args.iters, partial(scores, **options)) for name, options in runs.items()})
-    sid_fm.write_json(args.out / "places.json", {"args": vars(args), "columns": columns, "results": results})
-    print(f"\n{'guidance':31}{'the three':>15}{'accuracy, %':>24}{'Frechet distance':>24}{'diversity, bits':>24}")
+    done = run_jobs({name: (args.iters, partial(scores, **options)) for name, options in runs.items()})
+    guided = {f"{x:g}": measure.euler(teacher, 28, x) for x in GUIDANCES}
+    guided = {x: row for x, (_, row) in run_jobs(measure.jobs(guided, args.samples)).items()}
+    guided = {x: {name: guided[x][name][0] for name in columns} for x in sorted(guided, key=float)}
+    ranges = {name: np.sort([done[f"{name}, seed {i}"] for i in seeds], axis=0).T.tolist() for name in places}
+    students = {name: dict(zip(columns, (row[1] for row in rows))) for name, rows in ranges.items()}
+    notes = {"args": vars(args), "columns": columns, "results": done, "teacher": guided}
+    sid_fm.write_json(args.out / "places.json", notes)
+    print(f"\n{'guidance':18}{'the three':>15}{'accuracy, %':>24}{'Frechet distance':>24}{'diversity, bits':>24}")
     for name, three in places.items():
-        line = f"{name:31}{', '.join(f'{x:g}' for x in three):>15}"
-        for j, (scale, digits) in enumerate(((100, 1), (1, 3), (1, 2))):
-            low, middle, high = (
-                f"{scale * x:.{digits}f}" for x in sorted(results[f"{name}, seed {i}"][j] for i in seeds)
-            )
-            line += f"{f'{middle} ({low} to {high})':>24}"
+        line = f"{name:18}{', '.join(f'{x:g}' for x in three):>15}"
+        for (low, middle, high), form in zip(ranges[name], (".1%", ".3f", ".2f")):
+            line += f"{f'{middle:{form}} ({low:{form}} to {high:{form}})':>24}"
         print(line)
+    for x, row in guided.items():
+        print(f"{f'teacher, {x}':33}{row['all']:24.1%}{row['frechet']:24.3f}{row['diversity']:24.2f}")
     print(f"one-step students, {args.iters} iterations; medians and ranges of three seeds, {args.samples} samples each")
+    plot_guidance(args.out / "guidance.png", guided, students)
 
 
 def parse() -> argparse.Namespace:
@@ -627,14 +614,14 @@ def parse() -> argparse.Namespace:
     add("--quick", action="store_true", help="a short run, one minute")
     add("--places", action="store_true", help="what guidance does in each of its three places, 20 minutes")
     add("--device", choices=("cpu", "cuda"), default="cpu", help="of the networks (%(default)s)")
-    add("--teacher-iters", type=int, help="of the teacher's training (4500; with --quick 700)")
+    add("--teacher-iters", type=int, help="of the teacher's training (7500; with --quick 700)")
     add("--iters", type=int, help="of distillation (1800; with --quick 120, with --places 500)")
     add("--samples", type=int, help="in a row of the table (4000; with --quick 200, with --places 1000)")
     add("--seed", type=int, default=0, help="fixes everything (%(default)s)")
     add("--out", type=Path, default=Path("runs/dit_tiny"), help="folder of weights and figures (%(default)s)")
     args = parser.parse_args()
     sid_fm.check_numbers(args)
-    args.teacher_iters = args.teacher_iters or (700 if args.quick else 4500)
+    args.teacher_iters = args.teacher_iters or (700 if args.quick else 7500)
     args.iters = args.iters or (120 if args.quick else 500 if args.places else 1800)
     args.samples = args.samples or (200 if args.quick else 1000 if args.places else 4000)
     args.guidance = (2.5 if args.places else 1.0) if args.guidance is None else args.guidance

@@ -638,7 +638,7 @@ def plot_masses(file: Path, panels: dict[str, tuple[Tensor, Tensor]], errors: di
         axis.text(i, 0.5, "diverges", rotation=90, ha="center", va="center", transform=axis.get_xaxis_transform())
     axis.set(xlim=(-0.4, len(errors) - 0.6), ylim=(0, None), xticks=range(len(errors)))
     axis.set_xticklabels([name.replace(", ", "\n") for name in errors])
-    axis.set_xlabel("sid_scale (above), discriminator_scale (below)")
+    axis.set_xlabel("scales: of the SiD loss (above)\nand of the discriminator's (below)", fontsize=9)
     axis.set_title("largest error of a mass, %", loc="left", fontsize=11)
     save_figure(figure, file)
 

@@ -94,8 +94,8 @@ def test_sizes_and_centres_are_read_to_a_fraction_of_a_pixel(scenes, pictures):
     found = dit_tiny.read_objects(pictures)
     one = (scenes.count == 1)[found.picture]
     radius, centre = (x[:, 0][found.picture] for x in (scenes.radius, scenes.centre))
-    # At corners and slanted edges the coverage is wrong by an eighth of a pixel at most.
-    assert (found.radius - radius)[one].abs().max() < 0.15 and (found.centre - centre)[one].abs().max() < 0.15
+    # At corners and slanted edges the coverage is wrong by a fifth of a pixel at most.
+    assert (found.radius - radius)[one].abs().max() < 0.2 and (found.centre - centre)[one].abs().max() < 0.2
     assert (found.centre - centre)[one].square().mean().sqrt() < 0.03
 
 
@@ -103,13 +103,14 @@ def test_diversity_is_the_entropy(scenes, pictures):
     bins = dit_tiny.size_and_position(dit_tiny.read_objects(pictures), scenes)
     one = scenes.count == 1
     assert torch.equal(bins[:, 0] >= 0, one)
-    true = torch.cat([scenes.radius[:, :1] - 4, scenes.centre[:, 0] - 12], 1)
+    middle = sum(dit_tiny.RADII) / 2
+    true = torch.cat([scenes.radius[:, :1] - middle, scenes.centre[:, 0] - 12], 1)
     wrong = (bins != (true > 0)) & one[:, None]
     # What is read wrong is almost in the middle.
     assert wrong[one].float().mean() < 0.03 and true[wrong].abs().max() < 0.15
     scenes = dit_tiny.sample_scenes(40_000, rng())
     caption, one = scenes.colour[:, 0] * 3 + scenes.shape[:, 0], scenes.count[:, None] == 1
-    every = torch.where(one, torch.cat([scenes.radius[:, :1] > 4, scenes.centre[:, 0] > 12], 1).long(), -1)
+    every = torch.where(one, torch.cat([scenes.radius[:, :1] > middle, scenes.centre[:, 0] > 12], 1).long(), -1)
     # Each of 27 entropies, from n = 1778 samples, is log 2 - chi^2 / 2n, corrected on average. Its
     # standard error is 1 / (sqrt(2) n) nats; that of their means is smaller.
     assert dit_tiny.diversity(every, caption) == pytest.approx(3, abs=0.005)
@@ -263,8 +264,7 @@ def test_the_whole_of_it_in_miniature(monkeypatch, tmp_path, capsys):
     for student in ("SiD one-step, 1 step", "SiD 4-step, 4 steps"):
         assert table[student]["all"][0] - table[student]["all"][1] > table["teacher, 1 step"]["all"][0]
         assert table[student]["frechet"][0] < table["teacher, 1 step"]["frechet"][0]
-    for name in ("samples.png", "convergence.png", "guidance.png"):
-        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "samples.png").read_bytes().startswith(b"\x89PNG")
     for name in ("teacher", "sid-4-step", "sid-one-step", "sid-4-step-data-aided"):
         diffusers.SD3Transformer2DModel.from_pretrained(tmp_path / name)
     before = (tmp_path / "teacher" / "diffusion_pytorch_model.safetensors").stat().st_mtime_ns
@@ -299,7 +299,7 @@ def test_a_student_that_diverges_is_one_line(monkeypatch, tmp_path, capsys):
 
 
 def test_what_guidance_does_in_each_place_is_a_run_of_its_own(monkeypatch, tmp_path, capsys):
-    """Eight triples by three seeds; the table has each one's median and range, and says of a student
+    """Six triples by three seeds; the table has each one's median and range, and says of a student
     that diverged that it has no number."""
     seen, teacher = [], random_teacher()
 
@@ -313,10 +313,14 @@ def test_what_guidance_does_in_each_place_is_a_run_of_its_own(monkeypatch, tmp_p
     monkeypatch.setattr(dit_tiny, "load_or_train_teacher", lambda args: teacher)
     monkeypatch.setattr(dit_tiny, "distill_student", distilled)
     main(monkeypatch, "--places", "--guidance", 3, "--iters", 2, "--samples", 100, "--seed", 5, "--out", tmp_path)
-    triples = [(1, 1, 1), (3, 3, 3), (3, 1, 1), (1, 3, 1), (1, 1, 3), (1, 3, 3), (0, 0, 1), (-1, -1, 1)]
+    triples = [(1, 1, 1), (3, 3, 3), (1, 1, 3), (1, 3, 3), (0, 0, 1), (-1, -1, 1)]
     assert sorted(seen) == sorted((three, seed) for three in triples for seed in (5, 6, 7))
-    rows = capsys.readouterr().out.splitlines()[2:-1]
-    assert len(rows) == 8 and [row.count("nan") for row in rows] == [0] * 6 + [9, 0]
+    lines = capsys.readouterr().out.splitlines()
+    start = next(i for i, line in enumerate(lines) if line.startswith("guidance ")) + 1
+    rows = lines[start : start + 6]
+    assert [row.count("nan") for row in rows] == [0] * 4 + [9, 0]
+    assert [line.split()[1] for line in lines[start + 6 : start + 10]] == ["1", "1.5", "2.5", "4.5"]
+    assert (tmp_path / "guidance.png").read_bytes().startswith(b"\x89PNG")
     notes = json.loads((tmp_path / "places.json").read_text())["results"]
     middle = sorted(notes[f"nowhere, seed {seed}"][1] for seed in (5, 6, 7))[1]
-    assert f"{middle:.3f} (" in rows[0] and rows[2].split("  ")[0] == "training of the fake network"
+    assert f"{middle:.3f} (" in rows[1] and rows[2].split("  ")[0] == "teacher alone"
