@@ -389,13 +389,14 @@ def tiny_students(args: argparse.Namespace, teacher: nn.Module) -> list[Distille
     torch.manual_seed(args.seed)  # of the adapters' first weights
     few, one = ((clone(teacher), clone(teacher)) for _ in range(2))  # student and fake network
     continued = max(1, args.iters // 3)
-    warmup = (BATCH_SIZE * continued // 10, BATCH_SIZE * continued // 5)
+    with_data = {"sid_scale": args.sid_scale, "discriminator_scale": args.discriminator_scale}
+    with_data["warmup"] = BATCH_SIZE * continued // 10, BATCH_SIZE * continued // 5
 
     def few_step(bar: tqdm) -> tuple[Distilled, Distilled]:
         run = partial(distill, steps=args.steps, bar=bar)
         free = run(*few, FEW_STEP_RATES, batches(), iters=max(1, args.iters - continued))
         start = copy.deepcopy(free.student), free.fake
-        return free, run(*start, DATA_AIDED_RATES, batches(data=True), iters=continued, warmup=warmup)
+        return free, run(*start, DATA_AIDED_RATES, batches(data=True), iters=continued, **with_data)
 
     def one_step(bar: tqdm) -> Distilled:
         return distill(*one, ONE_STEP_RATES, batches(), iters=args.iters, bar=bar, steps=1)
@@ -610,6 +611,8 @@ def parse() -> argparse.Namespace:
     add("--weight", choices=sid_fm.WEIGHTS, default="1/t^2", help="w(t) of the SiD or DMD loss (%(default)s)")
     add("--noise", choices=sid_fm.NOISES, default="fresh", help="between the student's steps (%(default)s)")
     add("--guidance", type=float, help="of the teacher, and in distillation (1; with --places 2.5)")
+    add("--sid-scale", type=float, default=100.0, help="of the SiD loss beside the adversarial term (%(default)s)")
+    add("--discriminator-scale", type=float, default=1.0, help="of the discriminator's loss (%(default)s)")
     add("--lora", type=int, metavar="RANK", help="train low-rank adapters on the teacher")
     add("--quick", action="store_true", help="a short run, one minute")
     add("--places", action="store_true", help="what guidance does in each of its three places, 20 minutes")

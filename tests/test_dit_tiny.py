@@ -201,6 +201,7 @@ def random_teacher():
 
 
 SETTINGS = {"loss": "sid", "alpha": 1.0, "weight": "1-t", "noise": "fresh", "guidance": 1.0, "device": "cpu"}
+SETTINGS |= {"sid_scale": 100.0, "discriminator_scale": 1.0}
 
 
 def students(teacher, monkeypatch, **settings):
@@ -251,6 +252,18 @@ def test_the_data_aided_student_waits(monkeypatch):
     _, aided, _ = students(random_teacher(), monkeypatch, lora=None, iters=12)
     # 8 data-free, 4 data-aided and 12 one-step iterations move two networks, except one that waits.
     assert len(steps) == 2 * (8 + 4 + 12) - 1 and len(aided.log["fisher"]) == 4
+
+
+def test_the_scales_are_those_of_the_data_aided_student(monkeypatch):
+    seen, distill = [], sid_fm.distill
+
+    def watched(*args, **options):
+        seen.append((options.get("sid_scale"), options.get("discriminator_scale"), next(args[4])[1] is not None))
+        return distill(*args, **options)
+
+    monkeypatch.setattr(sid_fm, "distill", watched)
+    students(random_teacher(), monkeypatch, lora=None, iters=3, sid_scale=0.5, discriminator_scale=20.0)
+    assert sorted(seen, key=str) == [(0.5, 20.0, True), (None, None, False), (None, None, False)]
 
 
 @pytest.mark.slow
