@@ -730,11 +730,15 @@ def sweep_toy(args: argparse.Namespace) -> None:
     weights = {weight: {"weight": weight} for weight in ("1-t", "sid", "1/t", "1/t^2", "snr")}
     losses = {f"SiD, alpha = {alpha}": {"alpha": alpha} for alpha in (0.0, 0.5, 1.0)} | {"DMD": {"loss": "dmd"}}
     laws = {"uniform t": {"law": None}, "logit-normal t": {"law": (0.0, 1.0)}}
+    steps = {plural(k): {"steps": k} for k in (1, 2, 4)}
     tables = {  # title -> label of the columns, rows, columns
-        "one step, the authors' p(t)": ("w(t) of the generator's loss", losses, weights),
-        "alpha = 1, two and four steps": ("w(t) with the authors' p(t); p(t) with w = 1-t", {}, weights | laws),
+        "One step: which loss?": ("w(t), with the authors' p(t)", losses, weights),
+        "SiD, alpha = 1: how many steps?": (
+            "w(t), with the authors' p(t); then p(t), with w = 1-t",
+            steps,
+            weights | laws,
+        ),
     }
-    tables["alpha = 1, two and four steps"][1].update({plural(k): {"steps": k} for k in (1, 2, 4)})
     worst = measure.scores(toy_samples(teacher, measure.z, 1))["ratio"]
 
     def score(bar: tqdm, seed: int, steps: int = 1, **choice) -> dict | None:
