@@ -1,13 +1,13 @@
-"""SiD on a small text-to-image DiT: the paper's experiment, on pictures that can be read back.
+"""Runs the paper's experiment on a small text-to-image DiT, with pictures that code can read back.
 
-    python dit_tiny.py                train a teacher, distill it, print a table, plot figures
-    python dit_tiny.py --quick        the same in one minute, less well
-    python dit_tiny.py --arch sana    with SANA's network; --arch flux with FLUX's
-    python dit_tiny.py --places       what guidance does in each of its three places, a table
+    python dit_tiny.py                trains a teacher, distills it, prints a table, plots samples
+    python dit_tiny.py --quick        does the same in one minute, less well
+    python dit_tiny.py --arch sana    uses SANA's network; --arch flux uses FLUX's
+    python dit_tiny.py --places       compares guidance in each of its three places
 
-Networks, losses, training loop and samplers are sid_fm.py's; toy_2d.py has the function that
-distills a student. Chapters: pictures and captions; reading pictures back; networks and latents;
-teacher and students; measuring; figures; command line.
+Networks, losses, training loop and samplers come from sid_fm.py. The function that distills a
+student comes from toy_2d.py. The chapters are: pictures and captions; reading pictures back;
+networks and latents; teacher and students; measuring; figures; command line.
 """
 
 import argparse
@@ -36,9 +36,9 @@ from toy_2d import BLUE, GREY, INK, TITLES, Distilled, cosine, distill_student, 
 # Pictures and captions
 # ----------------------------------------------------------------------------------------------------------------------
 # A picture shows one object ("red circle"), two that are alike ("two red circles"), or two of
-# different colours in a relation ("red circle left of blue square"). Each object stands near a
-# place that the caption determines, and objects don't overlap, so that a picture can be read back.
-# Sizes and positions are continuous.
+# different colours in a relation ("red circle left of blue square"). Each object is near a place
+# that the caption determines. Objects don't overlap, so that a picture can be read back. Sizes and
+# positions are continuous.
 
 COLOURS = {"red": (0.84, 0.16, 0.16), "green": (0.13, 0.60, 0.30), "blue": (0.16, 0.35, 0.80)}
 PALETTE = torch.tensor([(0.96, 0.95, 0.92), *COLOURS.values()]) * 2 - 1  # background, colours
@@ -47,14 +47,14 @@ RELATIONS = ("left of", "above")  # along x, along y
 KINDS = torch.tensor([0.4, 0.2, 0.4])  # probabilities: one object, two alike, a relation
 
 SIZE = 24  # pixels a side of a picture
-PIXELS = torch.arange(SIZE) + 0.5  # where the pixels' centres are, along x and y
+PIXELS = torch.arange(SIZE) + 0.5  # coordinates of the pixels' centres, along x and y
 RADII = (3.0, 4.5)  # the range of half the side of an object's box
-PLACES = torch.tensor([-6.5, 6.5])  # of two objects, from the middle
+PLACES = torch.tensor([-6.5, 6.5])  # coordinates of two objects, relative to the middle
 JITTER = 2.0  # the largest distance of an object from its place, along x and along y
 
 
 class Scenes(NamedTuple):
-    """The contents of n pictures. Where a picture has one object, column 1 means nothing."""
+    """Describes n pictures. If a picture has one object, column 1 is not used."""
 
     count: Tensor  # [n] 1 or 2
     relation: Tensor  # [n] index of RELATIONS, or -1
@@ -65,7 +65,7 @@ class Scenes(NamedTuple):
 
 
 def sample_scenes(n: int, rng: torch.Generator) -> Scenes:
-    """Random scenes. Everything that the kind of picture leaves open is uniform and independent."""
+    """Samples n scenes. Everything that the kind leaves open is uniform and independent."""
     integers = partial(torch.randint, generator=rng)
     kind = torch.multinomial(KINDS, n, replacement=True, generator=rng)
     colour, shape = integers(len(COLOURS), (n, 2)), integers(len(SHAPES), (n, 2))
@@ -81,6 +81,7 @@ def sample_scenes(n: int, rng: torch.Generator) -> Scenes:
 
 
 def write_captions(scenes: Scenes) -> list[str]:
+    """Returns the caption of each scene, such as "red circle left of blue square"."""
     names, texts = [*COLOURS], []
     for count, relation, colour, shape in zip(*(column.tolist() for column in scenes[:4])):
         first, second = (f"{names[c]} {SHAPES[s]}" for c, s in zip(colour, shape))
@@ -90,8 +91,8 @@ def write_captions(scenes: Scenes) -> list[str]:
 
 
 def coverage(shape: Tensor, radius: Tensor, centre: Tensor) -> Tensor:
-    """How much of each pixel an object covers, by the pixel's distance from the object's edge, which
-    is two pixels wide. [n], [n], [n, 2] -> [n, SIZE, SIZE] in [0, 1]"""
+    """Returns the share of each pixel that an object covers, by the pixel's distance from the edge.
+    The edge is two pixels wide. [n], [n], [n, 2] -> [n, SIZE, SIZE] in [0, 1]"""
     x, y = (PIXELS - centre[:, :1])[:, None, :], (PIXELS - centre[:, 1:])[:, :, None]
     r = radius[:, None, None]
     circle, square = torch.hypot(x, y) - r, torch.maximum(x.abs(), y.abs()) - r
@@ -101,7 +102,7 @@ def coverage(shape: Tensor, radius: Tensor, centre: Tensor) -> Tensor:
 
 
 def render(scenes: Scenes) -> Tensor:
-    """-> pictures [n, 3, SIZE, SIZE] in [-1, 1]"""
+    """Draws scenes as pictures: [n, 3, SIZE, SIZE] in [-1, 1]."""
     pictures = PALETTE[0][:, None, None].expand(len(scenes.count), 3, SIZE, SIZE)
     for i in range(2):
         covered = coverage(scenes.shape[:, i], scenes.radius[:, i], scenes.centre[:, i])
@@ -114,13 +115,13 @@ def render(scenes: Scenes) -> Tensor:
 # Reading pictures back
 # ----------------------------------------------------------------------------------------------------------------------
 
-LEAST_PIXELS = 8  # a smaller region of one colour is no object
-LEAST_OVERLAP = 0.6  # of an object and its best template, intersection over union
+LEAST_PIXELS = 8  # a smaller region of one colour is not an object
+LEAST_OVERLAP = 0.6  # the least intersection over union of an object and its best template
 UNREADABLE = len(SHAPES)
 
 
 class Found(NamedTuple):
-    """The m objects that were found in a batch of pictures."""
+    """Describes the m objects that were found in a batch of pictures."""
 
     picture: Tensor  # [m] index of the picture
     colour: Tensor  # [m] index of COLOURS
@@ -130,27 +131,25 @@ class Found(NamedTuple):
 
 
 def find_regions(nearest: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Finds connected regions (of 8 neighbours) of pixels that are nearest to one of COLOURS.
-    nearest: [n, SIZE, SIZE], index of PALETTE -> picture [m], colour [m], mask [m, SIZE, SIZE]"""
+    """Finds connected regions of one colour. A pixel is connected to its 8 neighbours. nearest:
+    [n, SIZE, SIZE], the index of PALETTE -> picture [m], colour [m], mask [m, SIZE, SIZE]"""
     colours = F.one_hot(nearest, len(PALETTE))[..., 1:].permute(0, 3, 1, 2).float()
     label = colours * torch.arange(1.0, SIZE**2 + 1).view(SIZE, SIZE)
     while not torch.equal(label, spread := F.max_pool2d(label, 3, 1, 1) * colours):
         label = spread  # each pixel takes the largest label around it, until a region has one label
-    pixels = torch.zeros(len(nearest), len(COLOURS), SIZE**2 + 1)  # of each label
+    pixels = torch.zeros(len(nearest), len(COLOURS), SIZE**2 + 1)  # how many have each label
     pixels.scatter_add_(2, label.flatten(2).long(), colours.flatten(2))
     picture, colour, region = (pixels >= LEAST_PIXELS).nonzero(as_tuple=True)
     return picture, colour, label[picture, colour] == region[:, None, None]
 
 
 def read_objects(pictures: Tensor) -> Found:
-    """Finds the objects of pictures, without any learned part.
+    """Finds the objects in pictures: [n, 3, SIZE, SIZE] in [-1, 1], without any learned part.
 
-    Each connected region of one colour is an object. How much of a pixel it covers follows from the
-    pixel's colour, inside and at the edge. For each shape, the covered area gives a radius and its
-    centroid a centre; the shape whose template overlaps most with the region is read.
-
-    pictures: [n, 3, SIZE, SIZE] in [-1, 1]
-    """
+    Each connected region of one colour is an object. A pixel's colour tells how much of the pixel
+    the object covers, also at the edge. For each shape, the covered area gives a radius and its
+    centroid gives a centre. The shape whose template overlaps most with the region is read. It is
+    UNREADABLE if this overlap is LEAST_OVERLAP or less."""
     nearest = (pictures[:, None] - PALETTE[:, :, None, None]).square().sum(2).argmin(1)
     picture, colour, mask = find_regions(nearest)
     direction = PALETTE[1:] - PALETTE[0]  # from the background to each colour
@@ -171,15 +170,15 @@ def read_objects(pictures: Tensor) -> Found:
 
 
 def accuracy(found: Found, scenes: Scenes) -> dict[str, Tensor]:
-    """Whether each picture shows its caption, 0 or 1: the objects' shapes, their colours, their
-    number, their relation (nan if there is none), and all of these, as in GenEval. Tensors [n]"""
+    """Returns whether each picture shows its caption: 0 or 1, [n] each. The keys are object (the
+    shapes), colour, count, relation (nan if there is none) and, as in GenEval, all of these."""
     n, rows = len(scenes.count), torch.arange(len(scenes.count))
     shown = torch.zeros(n, len(COLOURS), len(SHAPES) + 1, dtype=torch.long)  # objects of each kind
     asked = torch.zeros_like(shown)
     shown.index_put_((found.picture, found.colour, found.shape), torch.tensor(1), accumulate=True)
     for i in range(2):
         asked[rows, scenes.colour[:, i], scenes.shape[:, i]] += (scenes.count > i).long()
-    position = torch.zeros(n, len(COLOURS), 3)  # x, y, radius; of a colour that one object has
+    position = torch.zeros(n, len(COLOURS), 3)  # x, y, radius: used if one object has this colour
     position.index_put_((found.picture, found.colour), torch.cat([found.centre, found.radius[:, None]], 1))
     first, second = (position[rows, scenes.colour[:, i]] for i in range(2))
     one_each = (shown.sum(2)[rows[:, None], scenes.colour] == 1).all(1)
@@ -196,8 +195,8 @@ def accuracy(found: Found, scenes: Scenes) -> dict[str, Tensor]:
 
 
 def size_and_position(found: Found, scenes: Scenes) -> Tensor:
-    """Is a picture's object larger than the middle size, right of the middle, below the middle?
-    0 or 1, [n, 3]; -1 unless one object was asked for and one was found."""
+    """Returns whether an object is larger than the middle size, right of the middle, and below it:
+    0 or 1, [n, 3]. Rows are -1 unless the caption has one object and one was found."""
     one = ((scenes.count == 1) & (torch.bincount(found.picture, minlength=len(scenes.count)) == 1))[found.picture]
     answers = torch.full((len(scenes.count), 3), -1)
     values = torch.cat([found.radius[:, None] > sum(RADII) / 2, found.centre > SIZE / 2], 1).long()
@@ -206,8 +205,8 @@ def size_and_position(found: Found, scenes: Scenes) -> Tensor:
 
 
 def diversity(answers: Tensor, caption: Tensor) -> float:
-    """The sum of the answers' entropies given the caption, in bits: 3 if all are even. It has
-    Miller and Madow's correction for finite samples. caption: [n], one of 9"""
+    """Returns the sum of the answers' mean entropies given the caption, in bits: 3 if all are even.
+    It has Miller and Madow's finite-sample correction. answers: [n, 3]; caption: [n], 0 to 8"""
     answered, bits = answers[:, 0] >= 0, 0.0
     for values in answers[answered].T:
         counts = torch.bincount(caption[answered] * 2 + values, minlength=18).view(9, 2).double()
@@ -219,16 +218,16 @@ def diversity(answers: Tensor, caption: Tensor) -> float:
 
 
 def frechet_features(pictures: Tensor) -> Tensor:
-    """What the Frechet distance compares, [n, 64]: colours (48) and the strength of edges (16),
-    averaged over each cell of a grid of 4 x 4."""
+    """Returns the features that the Frechet distance compares: [n, 64], float64. They are colours
+    (48) and the strength of edges (16), averaged over each cell of a grid of 4 x 4."""
     dx, dy = pictures.diff(dim=3)[:, :, :-1], pictures.diff(dim=2)[..., :-1]
     edges = (dx.square() + dy.square()).sum(1, keepdim=True).add(1e-6).sqrt()
     return torch.cat([F.adaptive_avg_pool2d(part, 4).flatten(1) for part in (pictures, edges)], 1).double()
 
 
 def frechet_distance(x: Tensor, mean: Tensor, covariance: Tensor) -> float:
-    """|m - mean|^2 + tr(C + covariance - 2 (C covariance)^(1/2)), with m and C the moments of x.
-    x: [n, d], of float64"""
+    """Returns |m - mean|^2 + tr(C + covariance - 2 (C covariance)^(1/2)). m and C are the mean and
+    covariance of x: [n, d], float64."""
     values, vectors = torch.linalg.eigh(covariance)
     root = vectors * values.clamp(min=0).sqrt() @ vectors.T
     cross = torch.linalg.eigvalsh(root @ x.T.cov() @ root).clamp(min=0).sqrt().sum()
@@ -240,22 +239,22 @@ def frechet_distance(x: Tensor, mean: Tensor, covariance: Tensor) -> float:
 # ----------------------------------------------------------------------------------------------------------------------
 
 WORDS = ["", "two", "left_of", "above", *COLOURS, *SHAPES, *(f"{shape}s" for shape in SHAPES)]
-LENGTH, WIDTH = 5, 96  # the most words of a caption; the width of a word's embedding
+LENGTH, WIDTH = 5, 96  # words in the longest caption; width of a word's embedding
 # The text encoder is a frozen table: each word at each position has its own orthogonal direction.
 EMBEDDING = nn.init.orthogonal_(torch.empty(LENGTH * len(WORDS), WIDTH), generator=torch.Generator().manual_seed(7))
 EMBEDDING = EMBEDDING.view(LENGTH, len(WORDS), WIDTH) * WIDTH**0.5
-BLOCK, CHANNELS = 4, 12  # a latent pixel stands for BLOCK x BLOCK pixels
+BLOCK, CHANNELS = 4, 12  # a latent pixel represents BLOCK x BLOCK pixels
 LATENT = (CHANNELS, SIZE // BLOCK, SIZE // BLOCK)  # the shape of a picture's latent
 
 DIT = {"num_layers": 4, "num_attention_heads": 4, "attention_head_dim": 16}
 IMAGE = {"patch_size": 2, "in_channels": CHANNELS, "out_channels": CHANNELS}
-# Each network's class in sid_fm.py, and its config.json, which diffusers reads too.
+# An entry has the network's class in sid_fm.py and its config.json, which diffusers can also read.
 NETWORKS: dict[str, tuple[type[nn.Module], dict]] = {
     "mmdit": (
         sid_fm.MMDiT,
         {"_class_name": "SD3Transformer2DModel", **DIT, **IMAGE}
         | {"caption_projection_dim": 64, "joint_attention_dim": WIDTH, "pooled_projection_dim": WIDTH}
-        # The position table is stretched, because few tokens would be close to each other in it.
+        # The position table is stretched. Otherwise the few tokens would be close together in it.
         | {"pos_embed_max_size": 3, "sample_size": 24},
     ),
     "sana": (
@@ -264,7 +263,7 @@ NETWORKS: dict[str, tuple[type[nn.Module], dict]] = {
         | {"num_cross_attention_heads": 4, "cross_attention_head_dim": 16, "cross_attention_dim": 64},
     ),
     "flux": (
-        sid_fm.FLUX,  # which has no patches: four latent pixels side by side are a token
+        sid_fm.FLUX,  # it has no patches: a token is a square of 2 x 2 latent pixels
         {"_class_name": "FluxTransformer2DModel", **DIT, "in_channels": 4 * CHANNELS, "axes_dims_rope": [4, 6, 6]}
         | {"num_layers": 1, "num_single_layers": 3, "joint_attention_dim": WIDTH, "pooled_projection_dim": WIDTH},
     ),
@@ -272,8 +271,8 @@ NETWORKS: dict[str, tuple[type[nn.Module], dict]] = {
 
 
 def tiny_network(arch: str, seed: int) -> nn.Module:
-    """One of sid_fm's networks at a small size. As in DiT, gates and output start at zero, so that
-    each block starts as the identity."""
+    """Builds one of sid_fm's networks at a small size. As in DiT, gates and output start at zero.
+    So each block starts as the identity."""
     torch.manual_seed(seed)
     net = sid_fm.build_network(*NETWORKS[arch])
     for layer in [net.proj_out, *(m.linear for m in net.modules() if isinstance(m, sid_fm.Modulation))]:
@@ -283,12 +282,12 @@ def tiny_network(arch: str, seed: int) -> nn.Module:
 
 
 def encode_text(texts: list[str], device: str = "cpu") -> dict[str, Tensor]:
-    """The cond of sid_fm's networks: text [B, LENGTH, WIDTH], pooled [B, WIDTH], mask [B, LENGTH].
-    "" is the empty prompt."""
+    """Returns the cond of sid_fm's networks: text [B, LENGTH, WIDTH], pooled [B, WIDTH], and mask
+    [B, LENGTH]. "" is the empty prompt. Raises ValueError for an unknown word."""
     words = [[WORDS.index(word) for word in text.replace("left of", "left_of").split()] for text in texts]
     ids = torch.tensor([row + [0] * (LENGTH - len(row)) for row in words])
     text, mask = EMBEDDING[torch.arange(LENGTH), ids], ids > 0
-    mask[:, 0] = True  # attention needs one word at least
+    mask[:, 0] = True  # attention needs at least one word
     return {"text": text.to(device), "pooled": text.mean(1).to(device) * LENGTH**0.5, "mask": mask.to(device)}
 
 
@@ -296,18 +295,18 @@ def encode_text(texts: list[str], device: str = "cpu") -> dict[str, Tensor]:
 # picture, scaled to unit variance.
 BLOCKS = F.pixel_unshuffle(render(sample_scenes(4000, torch.Generator().manual_seed(0))), BLOCK)
 BLOCKS = BLOCKS.movedim(1, -1).flatten(0, 2)
-VARIANCES, VECTORS = torch.linalg.eigh(BLOCKS.T.cov())  # the smallest one first
+VARIANCES, VECTORS = torch.linalg.eigh(BLOCKS.T.cov())  # in ascending order
 BLOCK_MEAN, COMPONENTS, SCALE = BLOCKS.mean(0), VECTORS[:, -CHANNELS:], VARIANCES[-CHANNELS:].sqrt()
 
 
 def encode_pictures(pictures: Tensor) -> Tensor:
-    """[B, 3, SIZE, SIZE] -> [B, *LATENT]"""
+    """Encodes pictures: [B, 3, SIZE, SIZE] as latents: [B, *LATENT]."""
     blocks = F.pixel_unshuffle(pictures, BLOCK).movedim(1, -1)
     return ((blocks - BLOCK_MEAN) @ COMPONENTS / SCALE).movedim(-1, 1).contiguous()
 
 
 def decode_latents(latents: Tensor) -> Tensor:
-    """[B, *LATENT] -> [B, 3, SIZE, SIZE]"""
+    """Decodes latents: [B, *LATENT] to pictures: [B, 3, SIZE, SIZE]."""
     blocks = (latents.movedim(1, -1) * SCALE) @ COMPONENTS.T + BLOCK_MEAN
     return F.pixel_shuffle(blocks.movedim(-1, 1), BLOCK)
 
@@ -323,7 +322,7 @@ FEW_STEP_RATES, ONE_STEP_RATES, DATA_AIDED_RATES = (3e-4, 2e-3), (1e-3, 3e-3), (
 
 
 def tiny_teacher(net: nn.Module, iters: int, seed: int, bar: tqdm) -> nn.Module:
-    """Flow matching with caption dropout. Returns `net` with the running mean of its weights."""
+    """Trains `net` by flow matching with caption dropout. Returns a copy with averaged weights."""
     rng, device = torch.Generator().manual_seed(seed), next(net.parameters()).device
     optimizer = torch.optim.Adam(net.parameters(), lr=TEACHER_RATE, betas=(0.9, 0.99), fused=True)
     schedule, average = cosine(optimizer, iters), AveragedModel(net, multi_avg_fn=get_ema_multi_avg_fn(0.99))
@@ -344,7 +343,7 @@ def tiny_teacher(net: nn.Module, iters: int, seed: int, bar: tqdm) -> nn.Module:
 
 
 def load_or_train_teacher(args: argparse.Namespace) -> nn.Module:
-    """The teacher of an earlier run with the same settings, or a new one, which is then saved."""
+    """Loads the teacher of an earlier run with the same settings, or trains and saves a new one."""
     folder = args.out / "teacher"
     settings = {"arch": args.arch, "iterations": args.teacher_iters, "seed": args.seed, "device": args.device}
     notes = folder / "training.json"
@@ -360,7 +359,7 @@ def load_or_train_teacher(args: argparse.Namespace) -> nn.Module:
 
 
 def caption_batches(seed: int, device: str, data: bool = False) -> Iterator[tuple[dict, tuple[Tensor, dict] | None]]:
-    """Yields captions without end; with data=True also the latents of other pictures and theirs."""
+    """Yields (cond, real) without end. With data=True, real is other pictures' latents and cond."""
     rng = torch.Generator().manual_seed(seed)
 
     def captions(scenes: Scenes) -> dict[str, Tensor]:
@@ -377,17 +376,16 @@ def caption_batches(seed: int, device: str, data: bool = False) -> Iterator[tupl
 def tiny_students(args: argparse.Namespace, teacher: nn.Module) -> list[Distilled]:
     """Distills the few-step student, its data-aided continuation, and the one-step student.
 
-    The continuation has the last third of the few-step student's iterations. It starts from the
-    data-free student and fake network. At first the fake network alone learns: to tell generated
-    pictures from real ones, and to follow the student's averaged weights.
-    """
+    The continuation takes the last third of the few-step student's iterations. It starts from the
+    data-free student and fake network. At first only the fake network learns. It learns to tell
+    generated pictures from real ones, and follows the student's averaged weights."""
     names = ("loss", "alpha", "weight", "noise", "guidance")
     options = {name: getattr(args, name) for name in names} | {"uncond": encode_text([""], args.device)}
     distill = partial(distill_student, teacher, shape=(BATCH_SIZE, *LATENT), seed=args.seed, **options)
     batches = partial(caption_batches, args.seed + 1, args.device)
     clone = partial(sid_fm.adapt, rank=args.lora) if args.lora else copy.deepcopy
-    torch.manual_seed(args.seed)  # of the adapters' first weights
-    few, one = ((clone(teacher), clone(teacher)) for _ in range(2))  # student and fake network
+    torch.manual_seed(args.seed)  # for the adapters' first weights
+    few, one = ((clone(teacher), clone(teacher)) for _ in range(2))  # student, fake network
     continued = max(1, args.iters // 3)
     with_data = {"sid_scale": args.sid_scale, "discriminator_scale": args.discriminator_scale}
     with_data["warmup"] = BATCH_SIZE * continued // 10, BATCH_SIZE * continued // 5
@@ -409,8 +407,8 @@ def tiny_students(args: argparse.Namespace, teacher: nn.Module) -> list[Distille
 # Measuring
 # ----------------------------------------------------------------------------------------------------------------------
 
-GROUPS = 20  # of the jackknife
-GUIDANCES = (1.0, 1.5, 2.5, 4.5)  # of the teacher in the figure
+GROUPS = 20  # the jackknife leaves out one group of samples at a time
+GUIDANCES = (1.0, 1.5, 2.5, 4.5)  # the teacher's guidance in the figure
 
 
 class PictureMeasure:
@@ -421,7 +419,7 @@ class PictureMeasure:
         self.texts = write_captions(self.scenes)
         self.cond, self.uncond = encode_text(self.texts, device), encode_text([""], device)
         self.z = torch.randn(samples, *LATENT, generator=torch.Generator().manual_seed(seed + 2000)).to(device)
-        # The reference is data after the autoencoder, whose losses are no network's fault.
+        # The reference passes through the autoencoder, so that its error is not counted.
         data = render(sample_scenes(20_000, torch.Generator().manual_seed(seed + 3000)))
         data = frechet_features(decode_latents(encode_pictures(data)))
         self.mean, self.covariance = data.mean(0), data.T.cov()
@@ -435,8 +433,8 @@ class PictureMeasure:
         return partial(sid_fm.generate, net, steps=steps, noise=noise, rng=rng)
 
     def scores(self, pictures: Tensor) -> dict[str, tuple[float, float]]:
-        """Measures pictures of the first captions. Returns name -> (value, half of a 95% interval);
-        a jackknife that leaves out one of GROUPS groups at a time gives the intervals."""
+        """Measures pictures of the first captions: [n, 3, SIZE, SIZE]. Returns name -> (value, half
+        of a 95% interval). The intervals come from a jackknife over GROUPS groups."""
         scenes = Scenes(*(column[: len(pictures)] for column in self.scenes))
         found, x = read_objects(pictures), frechet_features(pictures)
         parts, answers = accuracy(found, scenes), size_and_position(found, scenes)
@@ -455,7 +453,7 @@ class PictureMeasure:
 
     @torch.no_grad()
     def sample(self, sampler: Callable, count: int, bar: tqdm) -> tuple[Tensor, dict]:
-        """Pictures of the first `count` captions; their scores, and the seconds per thousand."""
+        """Returns pictures of the first `count` captions, their scores and the seconds per 1000."""
         start, latents = time.perf_counter(), []
         for rows in torch.arange(count).split(250):
             cond = {name: value[rows] for name, value in self.cond.items()}
@@ -466,7 +464,7 @@ class PictureMeasure:
         return pictures, self.scores(pictures) | {"seconds": seconds}
 
     def jobs(self, samplers: dict[str, Callable], count: int) -> dict[str, tuple[int, Callable]]:
-        """`sample` of each sampler, for run_jobs."""
+        """Returns a job of run_jobs for each sampler. The job calls `sample`."""
         return {name: (count, partial(self.sample, sampler, count)) for name, sampler in samplers.items()}
 
 
@@ -486,8 +484,8 @@ def print_table(table: dict[str, dict], samples: int, guidance: float) -> None:
 
 
 def plot_guidance(file: Path, teacher: dict[str, dict], students: dict[str, dict]) -> None:
-    """Accuracy against diversity: the teacher along the guidance that it is sampled with, and
-    students by the guidance that they were distilled with, each with its name beside it."""
+    """Plots accuracy against diversity. A point's label is, for the teacher, the guidance of its
+    sampling and, for a student, where guidance was used in its distillation."""
     figure, axis = sid_fm.pyplot().subplots(figsize=(8, 4.6))
     groups = (teacher, "o-", GREY, "teacher, 28 steps, guided"), (students, "s", BLUE, "one-step students")
     for rows, marker, color, label in groups:
@@ -502,7 +500,7 @@ def plot_guidance(file: Path, teacher: dict[str, dict], students: dict[str, dict
 
 
 def plot_pictures(file: Path, pictures: dict[str, Tensor], texts: list[str]) -> None:
-    """A row for each sampler, and a column for each of six captions, from short to long."""
+    """Plots a row for each sampler and a column for each of six captions, from short to long."""
     shown = [texts.index(text) for text in dict.fromkeys(sorted(texts, key=len))]
     shown = shown[:: max(1, len(shown) // 6)][:6]
     rows = {name.replace(", ", "\n"): sid_fm.to_pixels(x[shown]) for name, x in pictures.items()}
@@ -515,7 +513,7 @@ def plot_pictures(file: Path, pictures: dict[str, Tensor], texts: list[str]) -> 
 
 
 def run_tiny(args: argparse.Namespace) -> None:
-    """Teacher, students, table and figures."""
+    """Trains the teacher, distills students, prints a table and plots samples."""
     start = time.perf_counter()
     teacher = load_or_train_teacher(args)
     print(f"  teacher ready ({time.perf_counter() - start:.0f} s)", flush=True)
@@ -553,9 +551,9 @@ def run_tiny(args: argparse.Namespace) -> None:
 
 
 def study_places(args: argparse.Namespace) -> None:
-    """Distills one-step students, three seeds each, with guidance in some of its three places: the
-    fake network's training, and the fake network and the teacher in the generator's loss. Prints
-    medians and ranges, and plots accuracy against diversity, beside the guided teacher."""
+    """Distills one-step students of three seeds with guidance in some of three places: the fake
+    network's training, the fake network in the generator's loss, and the teacher in that loss.
+    Prints medians and ranges. Plots accuracy against diversity of students and guided teacher."""
     teacher, g, seeds = load_or_train_teacher(args), args.guidance, range(args.seed, args.seed + 3)
     measure, columns = PictureMeasure(args.samples, args.seed, args.device), ("all", "frechet", "diversity")
     places = {  # the few-step paper (2505.12674) names the first and the last two
@@ -605,22 +603,22 @@ def parse() -> argparse.Namespace:
     add = parser.add_argument
     add("--arch", choices=NETWORKS, default="mmdit", help="the network (%(default)s)")
     add("--steps", type=int, default=4, help="K of the few-step student (%(default)s)")
-    add("--loss", choices=sid_fm.LOSSES, default="sid", help="of the students (%(default)s)")
-    add("--alpha", type=float, default=1.0, help="of the SiD loss (%(default)s)")
-    # The authors' 1 - t hardly sees the little noise that a student leaves in a picture.
+    add("--loss", choices=sid_fm.LOSSES, default="sid", help="loss of the students (%(default)s)")
+    add("--alpha", type=float, default=1.0, help="alpha of the SiD loss (%(default)s)")
+    # The authors' 1 - t gives little weight to the small noise that a student leaves in a picture.
     add("--weight", choices=sid_fm.WEIGHTS, default="1/t^2", help="w(t) of the SiD or DMD loss (%(default)s)")
-    add("--noise", choices=sid_fm.NOISES, default="fresh", help="between the student's steps (%(default)s)")
-    add("--guidance", type=float, help="of the teacher, and in distillation (1; with --places 2.5)")
-    add("--sid-scale", type=float, default=100.0, help="of the SiD loss beside the adversarial term (%(default)s)")
-    add("--discriminator-scale", type=float, default=1.0, help="of the discriminator's loss (%(default)s)")
+    add("--noise", choices=sid_fm.NOISES, default="fresh", help="noise between the student's steps (%(default)s)")
+    add("--guidance", type=float, help="guidance of the teacher and in distillation (1; with --places 2.5)")
+    add("--sid-scale", type=float, default=100.0, help="factor of the SiD or DMD loss with data (%(default)s)")
+    add("--discriminator-scale", type=float, default=1.0, help="factor of the discriminator's loss (%(default)s)")
     add("--lora", type=int, metavar="RANK", help="train low-rank adapters on the teacher")
     add("--quick", action="store_true", help="a short run, one minute")
-    add("--places", action="store_true", help="what guidance does in each of its three places, 20 minutes")
-    add("--device", choices=("cpu", "cuda"), default="cpu", help="of the networks (%(default)s)")
-    add("--teacher-iters", type=int, help="of the teacher's training (7500; with --quick 700)")
-    add("--iters", type=int, help="of distillation (1800; with --quick 120, with --places 500)")
-    add("--samples", type=int, help="in a row of the table (4000; with --quick 200, with --places 1000)")
-    add("--seed", type=int, default=0, help="fixes everything (%(default)s)")
+    add("--places", action="store_true", help="compare guidance in each of its three places, 20 minutes")
+    add("--device", choices=("cpu", "cuda"), default="cpu", help="device of the networks (%(default)s)")
+    add("--teacher-iters", type=int, help="iterations of the teacher's training (7500; with --quick 700)")
+    add("--iters", type=int, help="iterations of distillation (1800; with --quick 120, with --places 500)")
+    add("--samples", type=int, help="samples in a table's row (4000; with --quick 200, with --places 1000)")
+    add("--seed", type=int, default=0, help="seed of all random numbers (%(default)s)")
     add("--out", type=Path, default=Path("runs/dit_tiny"), help="folder of weights and figures (%(default)s)")
     args = parser.parse_args()
     sid_fm.check_numbers(args)

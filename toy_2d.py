@@ -1,13 +1,13 @@
-"""SiD on 2D mixtures, where every density and posterior mean is exact. Read it beside sid_fm.py.
+"""Runs SiD on 2D mixtures, where every density and posterior mean is exact.
 
-    python toy_2d.py            check the derivation, train a teacher, distill it, table and figures
-    python toy_2d.py --check    the derivation alone: each claim of the paper against an exact value
-    python toy_2d.py --sweep    how sensitive the method is to alpha, w(t), p(t) and the steps
-    python toy_2d.py --data     what real data add where the teacher is wrong
-    python toy_2d.py --lag      one or five updates of the fake network, and one that lags behind
+    python toy_2d.py            checks the derivation, trains and distills a teacher, plots figures
+    python toy_2d.py --check    only checks the derivation: each claim against an exact value
+    python toy_2d.py --sweep    measures how alpha, w(t), p(t) and the number of steps matter
+    python toy_2d.py --data     shows what real data add where the teacher is wrong
+    python toy_2d.py --lag      compares fake networks that keep up with the student or lag behind
 
-Chapters: exact mixtures; recipes; teacher and students; the derivation, checked; measuring;
-figures; command line.
+Read this file beside sid_fm.py. Its chapters are: exact mixtures; recipes; teacher and students;
+the derivation, checked; measuring; figures; command line.
 """
 
 import argparse
@@ -38,11 +38,10 @@ from sid_fm import SID_LAW, T_END, add_noise, convert, generate, match_dims, noi
 
 
 class Mixture:
-    """p(x_0) = sum_m w_m N(mu_m, sigma^2 I) in d dimensions. With noise added it stays a mixture.
+    """Represents the density p(x_0) = sum_m w_m N(mu_m, sigma^2 I) in d dimensions.
 
-    With one component it is also the affine generator x_g = mu + sigma z, whose psi* is its
-    `posterior_mean`. means: [M, d], sigma: a number or a tensor, weights: [M], normalised here.
-    """
+    With one component it is also the affine generator x_g = mu + sigma z, whose psi* is the method
+    posterior_mean. means: [M, d]; sigma: a number or a tensor; weights: [M], normalised here."""
 
     def __init__(self, means: Tensor, sigma: float | Tensor, weights: Tensor | None = None):
         self.means, self.sigma = means, sigma
@@ -55,20 +54,21 @@ class Mixture:
         return means + self.sigma * noise_like(means, rng)
 
     def log_components(self, x_t: Tensor, t: Tensor, path: str = "rf") -> Tensor:
-        """log w_m N(x_t; a mu_m, (a^2 sigma^2 + s^2) I): [B, M]. Their logsumexp is log p_t."""
+        """Returns log w_m N(x_t; a mu_m, (a^2 sigma^2 + s^2) I): [B, M]. The logsumexp over m
+        is log p_t."""
         a, s, _, _ = path_terms(match_dims(t, x_t), path)
         variance = (a * self.sigma) ** 2 + s**2
         squares = ((x_t[:, None] - a[..., None] * self.means) ** 2).sum(-1)
         return self.weights.log() - squares / (2 * variance) - x_t.shape[1] / 2 * (2 * math.pi * variance).log()
 
     def posterior_mean(self, x_t: Tensor, t: Tensor, path: str = "rf") -> Tensor:
-        """D(x_t, t) = E[x_0 | x_t]: the components' means, weighted by responsibility. [B, d]"""
+        """Returns D(x_t, t) = E[x_0 | x_t]: [B, d]. Each component has the weight p(m | x_t)."""
         a, s, _, _ = path_terms(match_dims(t, x_t), path)
         mean = self.log_components(x_t, t, path).softmax(1) @ self.means
         return mean + a * self.sigma**2 / ((a * self.sigma) ** 2 + s**2) * (x_t - a * mean)
 
     def predict(self, x_t: Tensor, t: Tensor, cond: None = None, path: str = "rf", predicts: str = "v") -> Tensor:
-        """The output of a perfect network, by default the exact velocity. [B, d]"""
+        """Returns the output of a perfect network, by default the exact velocity. [B, d]"""
         return convert(self.posterior_mean(x_t, t, path), x_t, t, path, "x0", predicts)
 
 
@@ -84,11 +84,11 @@ MIXTURES = {
 # Recipes: all losses are one loss (paper, figure 2)
 # ----------------------------------------------------------------------------------------------------------------------
 # |prediction error|^2 = rho(t) |D^ - x_0|^2, where D^ is the clean sample that the prediction
-# implies. So recipes differ only in how they weigh noise levels, and all have the same minimiser.
+# implies. So recipes differ only in how they weight noise levels. All have the same minimiser.
 
 
 class Recipe(NamedTuple):
-    """A network predicts `predicts` on `path`, under the squared error times weight(t)."""
+    """Describes a training loss: weight(t) times the squared error of `predicts` on `path`."""
 
     path: str = "rf"
     predicts: str = "v"
@@ -96,7 +96,7 @@ class Recipe(NamedTuple):
     weight: Callable[[Tensor], Tensor] = torch.ones_like
 
 
-RECIPES = {  # for data of variance 1; log 2 as EDM and TrigFlow are published for variance 1/4
+RECIPES = {  # for data of variance 1. EDM and TrigFlow are published for 1/4, so log 2 is added
     "DDPM, noise prediction": Recipe("vp", "eps"),
     "EDM": Recipe("ve", "x0", (-1.2 + math.log(2), 1.2), lambda t: (t**2 + 1) / t**2),
     "Rectified Flow, uniform t": Recipe("rf", "v"),
@@ -107,19 +107,19 @@ RECIPES = {  # for data of variance 1; log 2 as EDM and TrigFlow are published f
 
 
 def loss_factor(t: Tensor, path: str, predicts: str) -> Tensor:
-    """rho(t): for v (a' - s' a / s)^2, for eps (a / s)^2, for the score (a / s^2)^2, for x0 1."""
+    """Returns rho(t). v: (a' - s' a / s)^2.  eps: (a / s)^2.  score: (a / s^2)^2.  x0: 1."""
     a, s, da, ds = path_terms(t, path)
     p, q = sid_fm.prediction_row(predicts, a, s, da, ds)
     return ((a * q - s * p) / s) ** 2
 
 
 def weight_density(recipe: Recipe, log_snr: Tensor) -> Tensor:
-    """pi(lambda) = weight(t) rho(t) p(t) |dt/dlambda| / Z, on a grid of lambda = log(a^2/s^2)."""
+    """Returns pi(lambda) = weight(t) rho(t) p(t) |dt/dlambda| / Z, for lambda = log(a^2/s^2)."""
     path, predicts, law, weight = recipe
     t = sid_fm.time_at((log_snr / 4).exp(), (-log_snr / 4).exp(), path)
     if law is None:  # p(t) is constant between the ends, and |dt/dlambda| = a s / (2 (a s' - s a'))
         a, s, da, ds = path_terms(t, path)
-        inside = (t > sid_fm.T_MIN) * (t < T_END[path] - 1e-9)  # time_at clamps to the end
+        inside = (t > sid_fm.T_MIN) * (t < T_END[path] - 1e-9)  # time_at clamps t to the end
         p = inside * a * s / (a * ds - s * da)
     else:  # lambda = -2 log(s/a) is normal
         p = torch.distributions.Normal(*law).log_prob(-log_snr / 2).exp()
@@ -133,9 +133,9 @@ def weight_density(recipe: Recipe, log_snr: Tensor) -> Tensor:
 
 
 class Net(nn.Module):
-    """A residual network. Fourier features of x_t let it learn the sharp map from one Gaussian to
-    eight modes. On Rectified Flow its output is the velocity. On any other path it is the velocity
-    of TrigFlow at equal SNR (EDM's preconditioning), from which the prediction is computed."""
+    """Predicts with a residual network. Fourier features of x_t help it to learn the sharp map from
+    one Gaussian to eight modes. On Rectified Flow the last layer gives the velocity. On any other
+    path it gives TrigFlow's velocity at equal SNR (EDM's preconditioning), and it is converted."""
 
     def __init__(self, path: str = "rf", predicts: str = "v"):
         super().__init__()
@@ -158,8 +158,8 @@ class Net(nn.Module):
         return (v, h) if features else v
 
 
-# The teacher's recipe on each path. The weight 1 / a^2 on vp is not DDPM's. It is needed where
-# generation starts: a is 1/152 there, so that the error of eps = s x + a v hardly depends on v.
+# Each path has a recipe for its teacher. The weight 1 / a^2 on vp is not DDPM's. Generation starts
+# where a is 1/152. Without this weight, the error of eps = s x + a v hardly depends on v there.
 TEACHERS = {
     "rf": RECIPES["Rectified Flow, uniform t"],
     "trig": RECIPES["TrigFlow (sCM)"],
@@ -169,12 +169,12 @@ TEACHERS = {
 
 
 def cosine(optimizer: torch.optim.Optimizer, iters: int) -> torch.optim.lr_scheduler.LambdaLR:
-    """The learning rate falls along half a cosine, to a fiftieth of its first value."""
+    """Lowers the learning rate along half a cosine, to a fiftieth of its first value."""
     return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: max(0.02, (1 + math.cos(math.pi * i / iters)) / 2))
 
 
 def toy_teacher(mixture: Mixture, path: str, iters: int, seed: int, bar: tqdm) -> nn.Module:
-    """Flow matching on data: the loss is the fake network's. Returns a Rectified Flow network."""
+    """Trains a teacher by flow matching on data. Returns it as a Rectified Flow network."""
     rng, (_, predicts, law, weight) = torch.Generator().manual_seed(seed), TEACHERS[path]
     torch.manual_seed(seed)  # for the network's first weights
     net = Net(path, predicts)
@@ -194,12 +194,12 @@ def toy_teacher(mixture: Mixture, path: str, iters: int, seed: int, bar: tqdm) -
 
 
 class Distilled(NamedTuple):
-    """The result of one run of distillation."""
+    """Holds the result of one distillation."""
 
-    student: nn.Module  # with the running mean of its weights
+    student: nn.Module  # it has the running mean of its weights
     fake: nn.Module
-    log: dict[str, list[float]]  # one number an iteration of each that sid_fm.distill yields
-    copies: dict[int, nn.Module]  # iterations -> the student after so many, with the running mean
+    log: dict[str, list[float]]  # name -> one number per iteration, from sid_fm.distill
+    copies: dict[int, nn.Module]  # iteration i -> the student after i iterations
 
 
 def distill_student(
@@ -216,14 +216,13 @@ def distill_student(
 ) -> Distilled:
     """Runs sid_fm.distill with these options. rates: learning rates of student and fake network.
 
-    Adam's second beta is 0.99, where the paper has 0.999: a one-step student starts as nearly a
-    point, and its gradients soon grow a thousandfold. Raises FloatingPointError if a gradient is
-    not finite.
-    """
+    Adam's second beta is 0.99, not the paper's 0.999. The samples of a one-step student start
+    close to one point, and its gradients soon grow a thousandfold. Raises FloatingPointError if a
+    gradient is not finite."""
     trained = [(sid_fm.trainable_weights(net), rate) for net, rate in zip((student, fake), rates)]
     optimizers = [torch.optim.Adam(weights, rate, betas=(0.0, 0.99), fused=True) for weights, rate in trained]
     schedules = [cosine(optimizer, iters) for optimizer in optimizers]
-    # The running mean reaches back over about the last sixth of the iterations so far.
+    # The running mean covers about the last sixth of the iterations so far.
     average = AveragedModel(student, avg_fn=lambda mean, new, n: torch.lerp(mean, new, 6 / (n + 6)))
     rng = torch.Generator(next(student.parameters()).device).manual_seed(seed)
     log, copies, marks = defaultdict(list), {}, {*np.geomspace(1, iters, 12).astype(int).tolist()}
@@ -244,7 +243,7 @@ def distill_student(
     return Distilled(average.module, fake, dict(log), copies)
 
 
-RATE = 3e-3  # of students and of their fake networks
+RATE = 3e-3  # the learning rate of students and fake networks
 
 
 def toy_student(
@@ -257,7 +256,8 @@ def toy_student(
     data: Mixture | None = None,
     **options,
 ) -> Distilled:
-    """Distills the teacher, from itself or from the result of another run. data: adds real data."""
+    """Distills the teacher. Student and fake network start as copies of the teacher, or of the two
+    in `start`. data: the source of real samples for the data-aided loss, or None."""
     student, fake = map(copy.deepcopy, (start.student, start.fake) if start else (teacher, teacher))
     rng = torch.Generator().manual_seed(seed + 1)
     batches = ((None, (data.sample(1024, rng), None) if data else None) for _ in itertools.count())
@@ -266,11 +266,9 @@ def toy_student(
 
 
 def run_jobs(jobs: dict[str, tuple[int, Callable[[tqdm], object]]]) -> dict:
-    """Runs jobs, name -> (iterations, job), in two threads, and returns name -> job(bar).
-
-    Torch lets go of Python's lock inside its kernels, so both threads compute. After Ctrl-C, or an
-    error in one job, the others end at their next bar.update().
-    """
+    """Runs jobs in two threads. jobs: name -> (iterations, job). Returns name -> job(bar), in the
+    order in which jobs end. PyTorch releases Python's global lock in its kernels, so both threads
+    compute. After Ctrl-C or an error in one job, other jobs stop at their next bar.update()."""
     stopped = threading.Event()
 
     class Bar(tqdm):
@@ -298,31 +296,31 @@ def run_jobs(jobs: dict[str, tuple[int, Callable[[tqdm], object]]]) -> dict:
 # ----------------------------------------------------------------------------------------------------------------------
 # The derivation, checked
 # ----------------------------------------------------------------------------------------------------------------------
-# step_n_... yields claims of step n of the README's derivation, each with its error and tolerance,
-# in float64. The tests call these functions with other settings, and check the code of the losses.
+# step_n_... yields the claims of step n of the README's derivation, each with its error and its
+# tolerance. Tensors are float64. The tests call these functions with other settings too.
 
 EXACT, MEAN = 1e-9, 5.0  # tolerances: relative, for exact claims; in standard errors, for means
 Claims = Iterator[tuple[str, float, float]]
 
 
 def equal(claim: str, value: Tensor, expected: Tensor) -> tuple[str, float, float]:
-    """The claim is that value = expected. The error is relative to the largest expected number."""
+    """Returns the claim value = expected. The error is relative to the largest expected number."""
     return claim, float((value - expected).detach().abs().max() / expected.detach().abs().max()), EXACT
 
 
 def mean_is_zero(claim: str, samples: Tensor) -> tuple[str, float, float]:
-    """The claim is that random samples have the mean 0. samples: [n, ...]"""
+    """Returns the claim that samples: [n, ...] have mean 0. The error is in standard errors."""
     standard_error = samples.std(0) / len(samples) ** 0.5
     return claim, float((samples.mean(0).abs() / standard_error).detach().max()), MEAN
 
 
-# Data in 2D without a symmetry that could hide a mistake, and a generator x_g = mu + sigma z.
+# DATA has no symmetry that could hide a mistake. GENERATOR is x_g = mu + sigma z.
 MEANS = torch.tensor([[1.0, 0.3], [-0.7, 0.9], [-0.2, -1.1], [0.8, -0.9], [0.1, 0.2]]).double()
 DATA, GENERATOR = Mixture(MEANS, 0.3, torch.arange(1, 6)), Mixture(MEANS[:1], 0.6)
 
 
 def noisy(data: Mixture, n: int, rng: torch.Generator, path: str = "rf") -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """n samples x_0, e, t and x_t, at times where s/a is between 1/50 and 50."""
+    """Returns n samples x_0, e, t and x_t, at times where s/a is between 1/50 and 50."""
     t = sid_fm.time_at(torch.ones(n), (math.log(50) * (2 * torch.rand(n, generator=rng) - 1)).exp(), path)
     x_0 = data.sample(n, rng)
     e = noise_like(x_0, rng)
@@ -332,7 +330,7 @@ def noisy(data: Mixture, n: int, rng: torch.Generator, path: str = "rf") -> tupl
 def step_2_bayes(rng: torch.Generator, path: str = "rf") -> Claims:
     _, _, t, x_t = noisy(DATA, 1, rng, path)
     x_0, (a, s, _, _) = DATA.sample(100_000, rng), path_terms(t, path)
-    weight = (-((x_t - a * x_0) ** 2).sum(1) / (2 * s**2)).softmax(0)[:, None]  # N(x_t; a x_0, s^2 I) / Z
+    weight = (-((x_t - a * x_0) ** 2).sum(1) / (2 * s**2)).softmax(0)[:, None]
     errors = weight * (x_0 - DATA.posterior_mean(x_t, t, path))
     yield mean_is_zero("Bayes: D(x_t, t) is the mean of data samples weighted by N(x_t; a x_0, s^2 I)", errors)
 
@@ -369,19 +367,19 @@ def step_6_fake_network(rng: torch.Generator) -> Claims:
     x_g, e, t, x_t = noisy(GENERATOR, 100_000, rng)
     v = GENERATOR.predict(x_t, t).requires_grad_()
     (slope,) = torch.autograd.grad(sid_fm.flow_matching_loss(v, x_g, e, t), v)
-    # The loss is quadratic in v, so v is its minimum where no direction u(x_t) has a slope.
+    # The loss is quadratic in v, so v minimises it if its slope along every u(x_t) is zero.
     slopes = [(len(x_t) * slope * u).sum(1) for u in (torch.ones(1), x_t, x_t.sin())]
     yield mean_is_zero("psi* minimises flow matching on samples of the generator", torch.stack(slopes, 1))
 
 
-# In one dimension expectations are quadrature sums. Data, the generator theta = (m, sigma), and times:
+# In one dimension, quadrature computes expectations. THETA = (m, sigma) is the generator.
 LINE = Mixture(torch.tensor([[-1.0], [0.4], [1.2]]).double(), 0.5, torch.arange(1, 4))
 THETA, TIMES = torch.tensor([0.3, 0.3]).double(), torch.tensor([0.15, 0.35, 0.55, 0.75, 0.95]).double()
 
 
 def line_losses(data: Mixture, theta: Tensor, psi: Tensor, weight: str = "1-t") -> tuple[Tensor, Tensor]:
-    """L1 and L2 of the generator theta, from sid_loss, by Gauss-Hermite quadrature over z and e.
-    The fake network is the optimum for the generator psi = (m, sigma): psi*(theta) is theta itself."""
+    """Returns L1 and L2 of the generator theta, by sid_loss and Gauss-Hermite quadrature over z, e.
+    The fake network is optimal for the generator psi = (m, sigma), so psi*(theta) = theta."""
     x, w = (torch.from_numpy(array) for array in np.polynomial.hermite_e.hermegauss(64))
     z, e, t = (grid.flatten() for grid in torch.meshgrid(x, x, TIMES, indexing="ij"))
     share = torch.outer(w, w).flatten().repeat_interleave(len(TIMES)) / w.sum() ** 2 * len(x) ** 2
@@ -393,8 +391,8 @@ def line_losses(data: Mixture, theta: Tensor, psi: Tensor, weight: str = "1-t") 
 
 
 def gradients(data: Mixture, theta: Tensor) -> dict[str, Tensor]:
-    """The gradients in (m, sigma) of L1 and L2 with psi held at psi*(theta), that of L1 "through psi*",
-    which moves with theta, and the "true" one, of L."""
+    """Returns gradients in (m, sigma): [2] each. "L1" and "L2" hold psi at psi*(theta). The part of
+    L1's gradient "through psi*" is the rest. The "true" gradient, of L, is "L1" plus this rest."""
     theta, psi = theta.clone().requires_grad_(), theta.clone().requires_grad_()
     parts = [torch.autograd.grad(L, (theta, psi), retain_graph=True) for L in line_losses(data, theta, psi)]
     (L1, through), (L2, _) = parts
@@ -419,7 +417,7 @@ def step_8_alpha(rng: torch.Generator, data: Mixture = LINE, theta: Tensor = THE
 
 
 def step_9_guidance(rng: torch.Generator) -> Claims:
-    def net(x_t: Tensor, t: Tensor, cond: dict) -> Tensor:  # exact for data N(0, sigma^2)
+    def net(x_t: Tensor, t: Tensor, cond: dict) -> Tensor:  # it is exact for data N(0, sigma^2)
         return Mixture(torch.zeros(1, 1), cond["sigma"]).predict(x_t, t)
 
     x_t, t, sigma = torch.randn(9, 1, generator=rng), torch.full((9,), 0.5), torch.full((9, 1), 0.5)
@@ -450,7 +448,7 @@ def check_all(seed: int) -> bool:
     """Prints each claim with its error and tolerance. Returns True if all claims hold."""
     print("The derivation: step, claim, error, tolerance (1e-09: relative; 5: in standard errors)\n")
     torch.set_default_dtype(torch.float64)
-    torch.set_num_threads(1)  # tensors are so small that a second thread costs more than it gives
+    torch.set_num_threads(1)  # the tensors are too small for a second thread to save time
     torch.manual_seed(seed)
     verdicts = []
     for step in STEPS:
@@ -472,25 +470,25 @@ def check_all(seed: int) -> bool:
 def toy_samples(
     net: Callable, z: Tensor, steps: int, noise: str = "ddim", seed: int = 0, all_outputs: bool = False
 ) -> Tensor:
-    """Generates from z: [n, 2] in K = steps steps, which with ddim noise are Euler's. all_outputs:
-    the mixture that distillation matches to the teacher, the k-th of K outputs with k uniform."""
+    """Generates samples from z: [n, 2] in `steps` steps, which are Euler's with ddim noise. With
+    all_outputs, an equal share of them is taken after each step, as in distillation. -> [n, 2]"""
     rng, parts = torch.Generator().manual_seed(seed), []
-    for chunk in z.split(5000):  # activations of 5000 stay in the cache
+    for chunk in z.split(5000):  # the activations of 5000 samples fit in the cache
         shares = enumerate(chunk.tensor_split(steps), 1) if all_outputs else [(steps, chunk)]
         parts += [generate(net, share, None, steps, noise, stop_after=k, rng=rng) for k, share in shares]
     return torch.cat(parts)
 
 
 class MixtureMeasure:
-    """Measures samples that were generated from z: [n, 2], by the mixture's exact projected
-    quantiles, and beside the samples of the exact velocity in 64 Euler steps."""
+    """Measures samples that are generated from z: [n, 2]. It compares them with exact projected
+    quantiles of the mixture, and with samples of the exact velocity in 64 Euler steps."""
 
     def __init__(self, mixture: Mixture, z: Tensor, directions: int = 256):
         self.mixture, self.z = mixture, z
         angle = (torch.arange(directions) + 0.5) * (math.pi / directions)
         self.directions = torch.stack([angle.cos(), angle.sin()])
         levels = (np.arange(len(z)) + 0.5) / len(z)
-        x = torch.linspace(-4, 4, 8001).double()  # wider than any mixture here
+        x = torch.linspace(-4, 4, 8001).double()  # this interval contains every mixture here
         self.quantiles = np.empty((directions, len(z)), np.float32)
         for row, centre in zip(self.quantiles, (mixture.means @ self.directions).double().T):
             cdf = torch.special.ndtr((x[:, None] - centre) / mixture.sigma) @ mixture.weights.double()
@@ -499,16 +497,17 @@ class MixtureMeasure:
         self.exact_w2 = self.sliced_w2(self.exact)
 
     def sliced_w2(self, x: Tensor) -> float:
+        """Returns the root mean square difference of projected quantiles. x: [n, 2]"""
         projected = np.sort((x @ self.directions).T.contiguous().numpy(), axis=1)
         return float(np.sqrt(np.mean((projected - self.quantiles) ** 2)))
 
     def masses(self, x: Tensor) -> Tensor:
-        """The share of samples in each mode: the mean responsibility of its component. [M]"""
+        """Returns the share of samples in each mode: the mean of p(m | x) over samples. [M]"""
         return self.mixture.log_components(x, torch.zeros(len(x))).softmax(1).mean(0)
 
     def scores(self, x: Tensor) -> dict[str, float]:
-        """Sliced W2, also as a multiple of the exact velocity's; the largest relative error of a
-        mode's mass; and the shares of samples within 3 and 4 sigma of a mode."""
+        """Returns sliced W2, its ratio to the exact velocity's, the largest relative error of a
+        mode's mass, and the shares of samples within 3 and 4 sigma of a mode. x: [n, 2]"""
         w2, weights = self.sliced_w2(x), self.mixture.weights
         distance = torch.cdist(x, self.mixture.means).min(1).values / self.mixture.sigma
         return {
@@ -520,8 +519,9 @@ class MixtureMeasure:
         }
 
     def progress(self, run: Distilled, cost: int = 1) -> tuple[dict, dict]:
-        """The sliced W2 in one step, over the exact velocity's, of the copies of a student, and the
-        Fisher estimate, the median of 20 iterations, then; by iterations times their cost."""
+        """Returns two dicts with a value for each copy of the student: the ratio of its one-step
+        sliced W2 to the exact velocity's, and the median of its last 20 Fisher estimates. The keys
+        are iterations times `cost`."""
         ratios = {cost * i: self.sliced_w2(toy_samples(net, self.z, 1)) for i, net in run.copies.items()}
         fisher = {cost * i: float(np.median(run.log["fisher"][max(0, i - 20) : i])) for i in run.copies}
         return {i: w2 / self.exact_w2 for i, w2 in ratios.items()}, fisher
@@ -539,19 +539,19 @@ def print_scores(table: dict[str, dict]) -> None:
 # Figures
 # ----------------------------------------------------------------------------------------------------------------------
 
-TITLES = {"sid": "SiD", "dmd": "DMD"}  # of the losses
+TITLES = {"sid": "SiD", "dmd": "DMD"}  # names of the losses in tables
 INK, GREY, BLUE, RED, GREEN, GOLD = "#1f2430", "#8b95a1", "#2f6fb3", "#c8453b", "#3a8f5c", "#c08a1e"
 
 
 def save_figure(figure, file: Path) -> None:
-    """Writes the figure as PNG, and says so."""
+    """Writes the figure as PNG, closes it, and prints the name of the file."""
     sid_fm.write(file, partial(figure.savefig, format="png"))
     sid_fm.pyplot().close(figure)
     print(f"  plotted {file}", flush=True)
 
 
 def plot_densities(file: Path) -> None:
-    """The paper's figure 2: pi(lambda) of the recipes."""
+    """Plots pi(lambda) of the recipes, as the paper's figure 2 does."""
     figure, axis = sid_fm.pyplot().subplots(figsize=(8, 4.4))
     lam = torch.linspace(-30, 30, 6001).double()
     for (name, recipe), color in zip(RECIPES.items(), (GREY, GREEN, INK, BLUE, GOLD, RED)):
@@ -565,7 +565,7 @@ def plot_densities(file: Path) -> None:
 
 
 def plot_alpha(file: Path) -> None:
-    """The gradients that alpha gives the generator x_g = m + sigma z, exactly, and their angles."""
+    """Plots exact gradients of L_alpha in (m, sigma), and their angles to the true gradient."""
     figure, (plane, line) = sid_fm.pyplot().subplots(1, 2, figsize=(11, 4))
     g, alphas = gradients(LINE, THETA), torch.linspace(0, 1.5, 61)
     for name, vector, color in (
@@ -598,7 +598,7 @@ def scatter(axis, x: Tensor, title: str, limit: float) -> None:
 
 
 def plot_samples(file: Path, panels: dict[str, Tensor]) -> None:
-    """Data, teacher and students side by side."""
+    """Plots data, teacher and students side by side."""
     figure, axes = sid_fm.pyplot().subplots(1, len(panels), figsize=(2.4 * len(panels), 3.2))
     for axis, (name, x) in zip(axes, panels.items()):
         scatter(axis, x, name, 1.15 * float(panels["data"].abs().max()))
@@ -606,7 +606,7 @@ def plot_samples(file: Path, panels: dict[str, Tensor]) -> None:
 
 
 def plot_curves(file: Path, students: dict[str, tuple[dict, dict]], xlabel: str) -> None:
-    """Curves of `progress`, side by side. Students whose fake network lags are dashed."""
+    """Plots the two dicts of `progress` side by side. Runs whose fake network lags are dashed."""
     figure, axes = sid_fm.pyplot().subplots(1, 2, figsize=(10, 3.8))
     titles = "sliced W2, as a multiple of the exact velocity's", "Fisher estimate: what a run shows of itself"
     for which, (axis, title) in enumerate(zip(axes, titles)):
@@ -620,8 +620,8 @@ def plot_curves(file: Path, students: dict[str, tuple[dict, dict]], xlabel: str)
 
 
 def plot_masses(file: Path, panels: dict[str, tuple[Tensor, Tensor]], errors: dict[str, float]) -> None:
-    """Samples, below them the masses of their modes, and at the right the largest error of a mass
-    against the two scales. Infinity stands for a run that diverged."""
+    """Plots samples, the masses of their modes below them, and at the right the largest error of a
+    mass for each pair of scales. An infinite error means that the run diverged."""
     figure = sid_fm.pyplot().figure(figsize=(12, 4.4))
     grid = figure.add_gridspec(2, len(panels) + 1, height_ratios=(2, 1), width_ratios=[1] * len(panels) + [1.7])
     for i, (name, (x, masses)) in enumerate(panels.items()):
@@ -644,7 +644,7 @@ def plot_masses(file: Path, panels: dict[str, tuple[Tensor, Tensor]], errors: di
 
 
 def plot_sweep(file: Path, tables: dict[str, tuple[str, dict, dict]], cells: dict[str, dict]) -> None:
-    """Tables as pictures: sliced W2 over the exact velocity's, and runs that diverged in red."""
+    """Plots each table as a heat map of W2 ratios. A cell is red if all of its runs diverged."""
     widths = [len(columns) + 1 for _, _, columns in tables.values()]
     figure, axes = sid_fm.pyplot().subplots(1, len(tables), figsize=(13, 4), width_ratios=widths)
     colours = sid_fm.pyplot().get_cmap("viridis").with_extremes(bad=RED)
@@ -667,7 +667,7 @@ def plot_sweep(file: Path, tables: dict[str, tuple[str, dict, dict]], cells: dic
 # ----------------------------------------------------------------------------------------------------------------------
 
 TEACHER_ITERS = 6000
-SWEPT = "ratio", "within_3_sigma"  # the measurements of a cell
+SWEPT = "ratio", "within_3_sigma"  # the measurements in a cell
 
 
 def plural(count: int) -> str:
@@ -675,7 +675,7 @@ def plural(count: int) -> str:
 
 
 def prepare_toy(args: argparse.Namespace, teaches: str | None = None) -> tuple[MixtureMeasure, nn.Module]:
-    """The measure of the mixture, and a teacher of it, or of the mixture `teaches`."""
+    """Returns the measure of the mixture, and a teacher that learns it or the mixture `teaches`."""
     samples, iters = (10_000, TEACHER_ITERS // 4) if args.quick else (50_000, TEACHER_ITERS)
     z = torch.randn(samples, 2, generator=torch.Generator().manual_seed(args.seed + 1000))
     job = iters, partial(toy_teacher, MIXTURES[teaches or args.mixture], args.path, iters, args.seed)
@@ -723,9 +723,8 @@ def cell_text(cell: dict) -> str:
 
 
 def sweep_toy(args: argparse.Namespace) -> None:
-    """Distills three students, of three seeds, for each cell of two tables. Prints and plots the
-    medians. A student has diverged if it skipped an update, or ends worse than its teacher's one
-    step, where it began."""
+    """Distills students of three seeds for each cell of two tables. Prints and plots the medians.
+    A student has diverged if it skips an update, or ends worse than its teacher's one step."""
     measure, teacher = prepare_toy(args)
     weights = {weight: {"weight": weight} for weight in ("1-t", "sid", "1/t", "1/t^2", "snr")}
     losses = {f"SiD, alpha = {alpha}": {"alpha": alpha} for alpha in (0.0, 0.5, 1.0)} | {"DMD": {"loss": "dmd"}}
@@ -776,14 +775,14 @@ def sweep_toy(args: argparse.Namespace) -> None:
 
 
 def data_toy(args: argparse.Namespace) -> None:
-    """What real data add. The teacher has learnt a ring whose modes' masses are 1 : 2 : ... : 8;
-    real data have equal masses. A data-free student can only be as wrong as its teacher."""
+    """Shows what real data add. The teacher learns a ring whose modes have masses 1 : 2 : ... : 8.
+    The real data have equal masses. A data-free student also learns its teacher's error."""
     measure, teacher = prepare_toy(args, teaches="unequal")
     distill = partial(toy_student, teacher, args.iters, args.seed, steps=1)
     free = run_jobs({"data-free student": (args.iters, distill)})["data-free student"]
-    # Pairs of sid_scale and discriminator_scale. Under Adam the ratio of the losses counts, not their
-    # size: at (100, 1) the SiD loss is far larger than the adversarial term, and the fake network's
-    # own loss is far larger than the discriminator's. At 0 there is no SiD loss.
+    # These are pairs of sid_scale and discriminator_scale. With Adam only the ratio of the losses
+    # matters. At (100, 1) the SiD loss is far larger than the adversarial term, and the fake
+    # network's own loss is far larger than the discriminator's. At (0, 100) there is no SiD loss.
     scales = ((100, 1), (1, 1), (1, 100), (0.1, 100), (0.03, 100), (0, 100))
     distill = partial(distill, rates=(RATE / 3, RATE / 3), start=free, data=measure.mixture)
 
@@ -811,8 +810,8 @@ def data_toy(args: argparse.Namespace) -> None:
 
 
 def lag_toy(args: argparse.Namespace) -> None:
-    """Distills one-step students with one and five updates of the fake network an iteration, at its
-    usual rate and at a thirtieth of it, all with the same number of network evaluations."""
+    """Distills one-step students with one or five updates of the fake network per iteration, at its
+    usual learning rate or a thirtieth of it. All of them run networks about equally often."""
     measure, teacher = prepare_toy(args)
 
     def curves(bar: tqdm, updates: int, rate: float, iters: int, cost: int) -> tuple[dict, dict]:
@@ -821,7 +820,7 @@ def lag_toy(args: argparse.Namespace) -> None:
 
     jobs = {}
     for updates, (rate, how) in itertools.product((1, 5), ((RATE, "keeps up"), (RATE / 30, "lags"))):
-        cost = 2 * updates + 3  # student and fake network; student, teacher, fake network
+        cost = 2 * updates + 3  # networks run: 2 per update of the fake one, 3 of the student
         iters = max(1, args.iters * 5 // cost)
         job = iters, partial(curves, updates=updates, rate=rate, iters=iters, cost=cost)
         jobs[f"{updates} update{'s' * (updates > 1)}, {how}"] = job
@@ -840,20 +839,20 @@ def parse() -> argparse.Namespace:
     add = parser.add_argument
     add("--mixture", choices=MIXTURES, default="ring", help="the data (%(default)s)")
     add("--steps", type=int, default=4, help="K of the few-step student (%(default)s)")
-    add("--loss", choices=sid_fm.LOSSES, default="sid", help="of the students; one more has the other loss")
-    add("--alpha", type=float, default=1.0, help="of the SiD loss (%(default)s)")
+    add("--loss", choices=sid_fm.LOSSES, default="sid", help="the students' loss; one more student has the other")
+    add("--alpha", type=float, default=1.0, help="alpha of the SiD loss (%(default)s)")
     add("--weight", choices=sid_fm.WEIGHTS, default="1-t", help="w(t) of the SiD or DMD loss (%(default)s)")
-    add("--noise", choices=sid_fm.NOISES, default="fresh", help="between the student's steps (%(default)s)")
-    add("--path", choices=T_END, default="rf", help="the teacher is trained on it (%(default)s)")
-    add("--iters", type=int, help="of distillation (2000; with --quick 300, with --sweep 500, with --data 1100)")
-    add("--seed", type=int, default=0, help="of all random numbers (%(default)s)")
+    add("--noise", choices=sid_fm.NOISES, default="fresh", help="noise between the student's steps (%(default)s)")
+    add("--path", choices=T_END, default="rf", help="the path on which the teacher is trained (%(default)s)")
+    add("--iters", type=int, help="distillation's iterations (2000; --quick 300, --sweep 500, --data 1100)")
+    add("--seed", type=int, default=0, help="seed of all random numbers (%(default)s)")
     add("--out", type=Path, default=Path("runs/toy_2d"), help="folder of the figures (%(default)s)")
     add("--quick", action="store_true", help="a short run, 25 s")
     only = parser.add_mutually_exclusive_group().add_argument
-    only("--check", action="store_true", help="the derivation alone; exit status 1 if a claim fails")
-    only("--sweep", action="store_true", help="how sensitive the method is to its choices, 20 minutes")
-    only("--data", action="store_true", help="what real data add where the teacher is wrong, 2 minutes")
-    only("--lag", action="store_true", help="one or five updates of the fake network, and one that lags, 2 minutes")
+    only("--check", action="store_true", help="only check the derivation; exit status 1 if a claim fails")
+    only("--sweep", action="store_true", help="measure how sensitive the method is to its choices, 20 minutes")
+    only("--data", action="store_true", help="show what real data add where the teacher is wrong, 2 minutes")
+    only("--lag", action="store_true", help="compare fake networks that keep up or lag behind, 2 minutes")
     args = parser.parse_args()
     if args.iters is None:
         args.iters = 500 if args.sweep else 1100 if args.data else 300 if args.quick else 2000
