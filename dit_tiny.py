@@ -448,7 +448,7 @@ class PictureMeasure:
         group = torch.arange(len(x)) % GROUPS
         left_out = np.stack([figures(group != g) for g in range(GROUPS)])
         halves = 1.96 * np.sqrt((GROUPS - 1) * left_out.var(axis=0))
-        measurements = zip(("frechet", "diversity", *parts), figures(group >= 0), halves)
+        measurements = zip(("frechet", "diversity", *parts), figures(slice(None)), halves)
         return {name: (float(value), float(half)) for name, value, half in measurements}
 
     @torch.no_grad()
@@ -580,7 +580,7 @@ def study_places(args: argparse.Namespace) -> None:
     done = run_jobs({name: (args.iters, partial(scores, **options)) for name, options in runs.items()})
     guided = {f"{x:g}": measure.euler(teacher, 28, x) for x in GUIDANCES}
     guided = {x: row for x, (_, row) in run_jobs(measure.jobs(guided, args.samples)).items()}
-    guided = {x: {name: guided[x][name][0] for name in columns} for x in sorted(guided, key=float)}
+    guided = {x: {name: guided[x][name][0] for name in columns} for x in guided}
     ranges = {name: np.sort([done[f"{name}, seed {i}"] for i in seeds], axis=0).T.tolist() for name in places}
     students = {name: dict(zip(columns, (row[1] for row in rows))) for name, rows in ranges.items()}
     notes = {"args": vars(args), "columns": columns, "results": done, "teacher": guided}

@@ -11,6 +11,7 @@ the derivation, checked; measuring; figures; command line.
 """
 
 import argparse
+import contextlib
 import copy
 import itertools
 import math
@@ -247,27 +248,22 @@ RATE = 3e-3  # the learning rate of students and fake networks
 
 
 def toy_student(
-    teacher: nn.Module,
-    iters: int,
-    seed: int,
-    bar: tqdm,
-    rates: tuple[float, float] = (RATE, RATE),
-    start: Distilled | None = None,
-    data: Mixture | None = None,
-    **options,
+    teacher: nn.Module, iters: int, seed: int, bar: tqdm, start: Distilled | None = None, data=None, **options
 ) -> Distilled:
     """Distills the teacher. Student and fake network start as copies of the teacher, or of the two
-    in `start`. data: the source of real samples for the data-aided loss, or None."""
+    in `start`. data: a Mixture of real samples for the data-aided loss, or None."""
     student, fake = map(copy.deepcopy, (start.student, start.fake) if start else (teacher, teacher))
     rng = torch.Generator().manual_seed(seed + 1)
     batches = ((None, (data.sample(1024, rng), None) if data else None) for _ in itertools.count())
-    options = {"warmup": (0, 0)} | options
-    return distill_student(teacher, student, fake, rates, batches, (1024, 2), iters, seed, bar, **options)
+    options = {"rates": (RATE, RATE), "warmup": (0, 0)} | options
+    return distill_student(
+        teacher, student, fake, batches=batches, shape=(1024, 2), iters=iters, seed=seed, bar=bar, **options
+    )
 
 
 def run_jobs(jobs: dict[str, tuple[int, Callable[[tqdm], object]]]) -> dict:
-    """Runs jobs in two threads. jobs: name -> (iterations, job). Returns name -> job(bar), in the
-    order in which jobs end. PyTorch releases Python's global lock in its kernels, so both threads
+    """Runs jobs in two threads. jobs: name -> (iterations, job). Returns name -> job(bar).
+    PyTorch releases Python's global lock in its kernels, so both threads
     compute. After Ctrl-C or an error in one job, other jobs stop at their next bar.update()."""
     stopped = threading.Event()
 
@@ -287,7 +283,8 @@ def run_jobs(jobs: dict[str, tuple[int, Callable[[tqdm], object]]]) -> dict:
     pool = ThreadPoolExecutor(2)
     futures = {pool.submit(run, i, name): name for i, name in enumerate(jobs, 1)}
     try:
-        return {futures[future]: future.result() for future in as_completed(futures)}
+        done = {futures[future]: future.result() for future in as_completed(futures)}
+        return {name: done[name] for name in jobs}
     finally:
         stopped.set()
         pool.shutdown(cancel_futures=True)
@@ -518,13 +515,12 @@ class MixtureMeasure:
             "within_4_sigma": float((distance < 4).float().mean()),
         }
 
-    def progress(self, run: Distilled, cost: int = 1) -> tuple[dict, dict]:
-        """Returns two dicts with a value for each copy of the student: the ratio of its one-step
-        sliced W2 to the exact velocity's, and the median of its last 20 Fisher estimates. The keys
-        are iterations times `cost`."""
-        ratios = {cost * i: self.sliced_w2(toy_samples(net, self.z, 1)) for i, net in run.copies.items()}
-        fisher = {cost * i: float(np.median(run.log["fisher"][max(0, i - 20) : i])) for i in run.copies}
-        return {i: w2 / self.exact_w2 for i, w2 in ratios.items()}, fisher
+    def progress(self, run: Distilled, cost: int = 1) -> list[tuple[float, float, float]]:
+        """Returns a row for each copy of the student: iterations times `cost`, its sliced W2 in one
+        step as a multiple of the exact velocity's, and the median of its last 20 Fisher estimates."""
+        w2 = {i: self.sliced_w2(toy_samples(net, self.z, 1)) for i, net in run.copies.items()}
+        fisher = {i: float(np.median(run.log["fisher"][max(0, i - 20) : i])) for i in w2}
+        return [(cost * i, w2[i] / self.exact_w2, fisher[i]) for i in w2]
 
 
 def print_scores(table: dict[str, dict]) -> None:
@@ -557,7 +553,7 @@ def plot_densities(file: Path) -> None:
     for (name, recipe), color in zip(RECIPES.items(), (GREY, GREEN, INK, BLUE, GOLD, RED)):
         axis.plot(lam, weight_density(recipe, lam), color=color, label=name, linewidth=2)
     axis.set(xlabel=r"log-SNR  $\lambda = \log(a^2/s^2)$:  noise left, data right", ylabel=r"$\pi(\lambda)$")
-    axis.set(xlim=(-15, 20), ylim=(0, 0.27))
+    axis.set(xlim=(-8, 20), ylim=(0, 0.27))
     axis.set_title("One loss, six recipes: where each puts its weight", loc="left")
     axis.text(14.2, 0.2, "uniform times: up to\nt = 0.001, off the scale", fontsize=9, color=INK)
     axis.legend(fontsize=9, loc="upper left")
@@ -605,16 +601,16 @@ def plot_samples(file: Path, panels: dict[str, Tensor]) -> None:
     save_figure(figure, file)
 
 
-def plot_curves(file: Path, students: dict[str, tuple[dict, dict]], xlabel: str) -> None:
-    """Plots the two dicts of `progress` side by side. Runs whose fake network lags are dashed."""
+def plot_curves(file: Path, students: dict[str, list[tuple]], xlabel: str) -> None:
+    """Plots the rows of `progress` side by side. Runs whose fake network lags are dashed."""
     figure, axes = sid_fm.pyplot().subplots(1, 2, figsize=(10, 3.8))
-    titles = "sliced W2, as a multiple of the exact velocity's", "Fisher estimate: what a run shows of itself"
-    for which, (axis, title) in enumerate(zip(axes, titles)):
-        for (name, curves), color in zip(students.items(), (BLUE, BLUE, RED, RED)):
-            style = "--" if "lags" in name else "-"
-            axis.plot([*curves[which]], [*curves[which].values()], style, color=color, linewidth=2, label=name)
-        axis.set(xscale="log", yscale="log", xlabel=xlabel)
-        axis.set_title(title, loc="left")
+    axes[0].set_title("sliced W2, as a multiple of the exact velocity's", loc="left")
+    axes[1].set_title("Fisher estimate: what a run shows of itself", loc="left")
+    for (name, rows), color in zip(students.items(), (BLUE, BLUE, RED, RED)):
+        x, *curves = zip(*rows)
+        for axis, y in zip(axes, curves):
+            axis.plot(x, y, "--" if "lags" in name else "-", color=color, linewidth=2, label=name)
+            axis.set(xscale="log", yscale="log", xlabel=xlabel)
     axes[0].legend(fontsize=9)
     save_figure(figure, file)
 
@@ -650,11 +646,10 @@ def plot_sweep(file: Path, tables: dict[str, tuple[str, dict, dict]], cells: dic
     colours = sid_fm.pyplot().get_cmap("viridis").with_extremes(bad=RED)
     for axis, (title, (xlabel, rows, columns)) in zip(axes, tables.items()):
         grid = [[cells[f"{row}, {column}"] for column in columns] for row in rows]
-        values = np.array([[np.nan if cell["ratio"] is None else cell["ratio"] for cell in line] for line in grid])
-        axis.imshow(np.log(values), cmap=colours, aspect="auto", vmin=math.log(1.5), vmax=math.log(20))
-        for (i, j), value in np.ndenumerate(values):
-            dark = not value >= 7
-            axis.text(j, i, cell_text(grid[i][j]), ha="center", va="center", color="white" if dark else INK)
+        ratios = np.array([[cell.get("ratio", np.nan) for cell in line] for line in grid])
+        axis.imshow(np.log(ratios), cmap=colours, aspect="auto", vmin=math.log(1.5), vmax=math.log(20))
+        for (i, j), ratio in np.ndenumerate(ratios):
+            axis.text(j, i, cell_text(grid[i][j]), ha="center", va="center", color=INK if ratio >= 7 else "white")
         axis.set(xticks=range(len(columns)), yticks=range(len(rows)), xticklabels=columns, yticklabels=rows)
         axis.set_xlabel(xlabel)
         axis.set_title(title, loc="left")
@@ -667,7 +662,7 @@ def plot_sweep(file: Path, tables: dict[str, tuple[str, dict, dict]], cells: dic
 # ----------------------------------------------------------------------------------------------------------------------
 
 TEACHER_ITERS = 6000
-SWEPT = "ratio", "within_3_sigma"  # the measurements in a cell
+SEEDS = 3  # of each cell of the sweep
 
 
 def plural(count: int) -> str:
@@ -717,9 +712,10 @@ def run_toy(args: argparse.Namespace) -> None:
     plot_curves(args.out / "convergence.png", {one_step: measure.progress(results[one_step])}, "iterations")
 
 
-def cell_text(cell: dict) -> str:
-    text = "" if cell["ratio"] is None else f"{cell['ratio']:.1f}\n{cell['within_3_sigma']:.0%}"
-    return text + (f"\n{cell['diverged']} of 3 div." if cell["diverged"] else "")
+def cell_text(cell: dict, separator: str = "\n") -> str:
+    """Returns the numbers of a cell of the sweep."""
+    numbers = [f"{cell['ratio']:.1f}", f"{cell['within_3_sigma']:.0%}"] if "ratio" in cell else []
+    return separator.join(numbers + [f"{cell['diverged']} of {SEEDS} div."] * bool(cell["diverged"]))
 
 
 def sweep_toy(args: argparse.Namespace) -> None:
@@ -732,46 +728,31 @@ def sweep_toy(args: argparse.Namespace) -> None:
     steps = {plural(k): {"steps": k} for k in (1, 2, 4)}
     tables = {  # title -> label of the columns, rows, columns
         "One step: which loss?": ("w(t), with the authors' p(t)", losses, weights),
-        "SiD, alpha = 1: how many steps?": (
-            "w(t), with the authors' p(t); then p(t), with w = 1-t",
-            steps,
-            weights | laws,
-        ),
+        "SiD, alpha = 1: how many steps?": ("w(t); then p(t), with w = 1-t", steps, weights | laws),
     }
     worst = measure.scores(toy_samples(teacher, measure.z, 1))["ratio"]
 
-    def score(bar: tqdm, seed: int, steps: int = 1, **choice) -> dict | None:
-        try:
-            run = toy_student(teacher, args.iters, seed, bar, steps=steps, noise=args.noise, **choice)
-        except FloatingPointError:
-            return None
-        row = measure.scores(toy_samples(run.student, measure.z, steps, args.noise, args.seed))
-        return row if row["ratio"] < worst else None
+    def cell(bar: tqdm, steps: int = 1, **choice) -> dict:
+        rows = []
+        for seed in range(args.seed, args.seed + SEEDS):
+            with contextlib.suppress(FloatingPointError):
+                run = toy_student(teacher, args.iters, seed, bar, steps=steps, noise=args.noise, **choice)
+                rows.append(measure.scores(toy_samples(run.student, measure.z, steps, args.noise, args.seed)))
+        rows = [row for row in rows if row["ratio"] < worst]
+        names = ("ratio", "within_3_sigma") if rows else ()
+        return {name: float(np.median([row[name] for row in rows])) for name in names} | {"diverged": SEEDS - len(rows)}
 
-    cells = {
-        f"{row}, {column}": choice | other
-        for _, rows, columns in tables.values()
-        for (row, choice), (column, other) in itertools.product(rows.items(), columns.items())
-    }
-    seeds = range(args.seed, args.seed + 3)
-    jobs = {
-        f"{name}, seed {seed}": (args.iters, partial(score, seed=seed, **choice))
-        for (name, choice), seed in itertools.product(cells.items(), seeds)
-    }
-    done = run_jobs(jobs)
-    for name in cells:
-        rows = [row for seed in seeds if (row := done[f"{name}, seed {seed}"])]
-        medians = {key: float(np.median([row[key] for row in rows])) if rows else None for key in SWEPT}
-        cells[name] = medians | {"diverged": 3 - len(rows)}
+    jobs = {}
+    for _, rows, columns in tables.values():
+        for (row, choice), (column, other) in itertools.product(rows.items(), columns.items()):
+            jobs[f"{row}, {column}"] = SEEDS * args.iters, partial(cell, **choice, **other)
+    cells = run_jobs(jobs)
     sid_fm.write_json(args.out / "sweep.json", {"args": vars(args), "cells": cells})
-    for title, (_, rows, columns) in tables.items():
-        print(f"\n{title}: sliced W2 x exact, share within 3 sigma, runs that diverged; medians of three seeds")
-        print(f"{'':18}" + "".join(f"{column:>22}" for column in columns))
-        for row in rows:
-            texts = (cell_text(cells[f"{row}, {column}"]).replace("\n", ", ") for column in columns)
-            print(f"{row:18}" + "".join(f"{text:>22}" for text in texts))
+    print(f"\n{'':32}sliced W2 x exact, within 3 sigma; medians of {SEEDS} seeds, and runs that diverged")
+    for name, measured in cells.items():
+        print(f"{name:32}{cell_text(measured, ', ')}")
     plot_sweep(args.out / "sweep.png", tables, cells)
-    print(f"\n{len(jobs)} students of {args.iters} iterations")
+    print(f"\n{SEEDS * len(jobs)} students of {args.iters} iterations")
 
 
 def data_toy(args: argparse.Namespace) -> None:
@@ -787,15 +768,15 @@ def data_toy(args: argparse.Namespace) -> None:
     distill = partial(distill, rates=(RATE / 3, RATE / 3), start=free, data=measure.mixture)
 
     def aided(bar: tqdm, sid: float, discriminator: float) -> Tensor:
-        try:
-            student = distill(bar, sid_scale=sid, discriminator_scale=discriminator).student
-        except FloatingPointError:
-            return torch.full_like(measure.z, math.nan)
-        return toy_samples(student, measure.z, 1)
+        with contextlib.suppress(FloatingPointError):
+            run = distill(bar, sid_scale=sid, discriminator_scale=discriminator)
+            return toy_samples(run.student, measure.z, 1)
+        return torch.full_like(measure.z, math.nan)
 
     jobs = {f"{sid:g}, {disc:g}": (args.iters, partial(aided, sid=sid, discriminator=disc)) for sid, disc in scales}
     done = run_jobs(jobs)
-    samples = {"teacher, 64 steps": toy_samples(teacher, measure.z, 64)}
+    samples = {"teacher, 1 step": toy_samples(teacher, measure.z, 1)}
+    samples |= {"teacher, 64 steps": toy_samples(teacher, measure.z, 64)}
     samples |= {"data-free student": toy_samples(free.student, measure.z, 1)}
     samples |= {f"data-aided, scales {name}": done[name] for name in jobs}
     table = {name: measure.scores(x) for name, x in samples.items()}
@@ -804,8 +785,9 @@ def data_toy(args: argparse.Namespace) -> None:
     shown = {"real data": measure.exact, "teacher": samples["teacher, 64 steps"]}
     shown |= {"data-free student": samples["data-free student"]}
     shown |= {"data-aided student": samples["data-aided, scales 0.03, 100"]}
-    errors = {name: table[f"data-aided, scales {name}"]["mass_error"] for name in jobs}
-    errors = {name: error if error < 1 else math.inf for name, error in errors.items()}
+    rows = {name: table[f"data-aided, scales {name}"] for name in jobs}
+    worst = table["teacher, 1 step"]["ratio"]  # a student that ends worse has diverged
+    errors = {name: row["mass_error"] if row["ratio"] < worst else math.inf for name, row in rows.items()}
     plot_masses(args.out / "data.png", {name: (x, measure.masses(x)) for name, x in shown.items()}, errors)
 
 
@@ -814,7 +796,7 @@ def lag_toy(args: argparse.Namespace) -> None:
     usual learning rate or a thirtieth of it. All of them run networks about equally often."""
     measure, teacher = prepare_toy(args)
 
-    def curves(bar: tqdm, updates: int, rate: float, iters: int, cost: int) -> tuple[dict, dict]:
+    def curves(bar: tqdm, updates: int, rate: float, iters: int, cost: int) -> list[tuple]:
         options = {"rates": (RATE, rate), "fake_updates": updates, "weight": args.weight, "steps": 1}
         return measure.progress(toy_student(teacher, iters, args.seed, bar, **options), cost)
 
@@ -825,10 +807,9 @@ def lag_toy(args: argparse.Namespace) -> None:
         job = iters, partial(curves, updates=updates, rate=rate, iters=iters, cost=cost)
         jobs[f"{updates} update{'s' * (updates > 1)}, {how}"] = job
     done = run_jobs(jobs)
-    done = {name: done[name] for name in jobs}
     print(f"\n{'':22}sliced W2 x exact  Fisher estimate")
-    for name, (ratios, fisher) in done.items():
-        print(f"{name:22}{[*ratios.values()][-1]:17.2f}{[*fisher.values()][-1]:17.2g}")
+    for name, rows in done.items():
+        print(f"{name:22}{rows[-1][1]:17.2f}{rows[-1][2]:17.2g}")
     sid_fm.write_json(args.out / "lag.json", done)
     plot_curves(args.out / "lag.png", done, "evaluations of networks")
 
@@ -854,6 +835,8 @@ def parse() -> argparse.Namespace:
     only("--data", action="store_true", help="show what real data add where the teacher is wrong, 2 minutes")
     only("--lag", action="store_true", help="compare fake networks that keep up or lag behind, 2 minutes")
     args = parser.parse_args()
+    if args.data and args.mixture != "ring":
+        parser.error("--data is shown on the ring: leave --mixture out")
     if args.iters is None:
         args.iters = 500 if args.sweep else 1100 if args.data else 300 if args.quick else 2000
     return args
