@@ -9,9 +9,11 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from networks import TEACHERS, network_config
 
 import dit_tiny
 import sid_fm
@@ -22,17 +24,16 @@ TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
 SCRIPTS = {"sid_fm.py": sid_fm, "toy_2d.py": toy_2d, "dit_tiny.py": dit_tiny}
 FENCED = re.findall(r"```(\w*)\n(.*?)```", TEXT, re.DOTALL)
 CODE = re.findall(r"`([^`\n]+)`", re.sub(r"```.*?```", "", TEXT, flags=re.DOTALL))
-COMMANDS = [
-    line.split("  #")[0].strip()
-    for line in [*CODE, *(line for kind, block in FENCED if not kind for line in block.splitlines())]
-    if re.match(r"(python|pytest|torchrun|pip) ", line)
-]
+LINES = [*CODE, *(line for kind, block in FENCED if not kind for line in block.splitlines())]
+COMMANDS = [command.strip() for line in LINES for command in line.split("  #")[0].split(" && ")]
+COMMANDS = [command for command in COMMANDS if re.match(r"(python|pytest|torchrun|pip) ", command)]
 
 
 def names_of(module) -> set[str]:
-    """Everything that a module defines, at any depth, and the keys of its tables."""
-    tree = ast.parse(Path(module.__file__).read_text())
-    defined = {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.ClassDef)}
+    """Everything that a module defines, at any depth, and the arguments of its functions."""
+    nodes = [*ast.walk(ast.parse(Path(module.__file__).read_text()))]
+    defined = {node.name for node in nodes if isinstance(node, ast.FunctionDef | ast.ClassDef)}
+    defined |= {node.arg for node in nodes if isinstance(node, ast.arg)}
     return defined | {name for name in vars(module) if not name.startswith("__")}
 
 
@@ -105,6 +106,7 @@ def test_every_flag_exists(monkeypatch, capsys):
     command = [sys.executable, ROOT / "tests" / "bench.py", "--help"]
     bench = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     flags |= set(re.findall(r"--[a-z][\w-]*", bench.split("options:")[1]))
+    flags |= set(re.findall(r'addoption\("(--\w+)"', (ROOT / "tests" / "conftest.py").read_text()))
     mentioned = set(re.findall(r"(?<![\w-])--[a-z][\w-]*", TEXT)) - {"--nproc_per_node"}
     assert mentioned and mentioned <= flags, mentioned - flags
 
@@ -113,7 +115,7 @@ def test_figures_are_there_and_all_are_shown():
     shown = set(re.findall(r"!\[[^\]]+\]\((\.github/figures/[^)]+)\)", TEXT))
     there = {str(path.relative_to(ROOT)) for path in (ROOT / ".github" / "figures").iterdir()}
     assert shown == there
-    assert sum((ROOT / path).stat().st_size for path in there) < 2e6
+    assert sum((ROOT / path).stat().st_size for path in there) < 1.2e6
     captions = re.findall(r"!\[[^\]]+\]\([^)]+\)\n\n\*\(`(python [^`]+)`[^)]*\)\*\n", TEXT)  # the command under each
     assert len(captions) == len(there)
     assert set(captions) <= set(COMMANDS)
@@ -169,3 +171,22 @@ def test_what_is_quick_runs(command, tmp_path):
     _, script, *words = shlex.split(command)
     run = subprocess.run([sys.executable, ROOT / script, *words], cwd=tmp_path, capture_output=True, check=False)
     assert run.returncode == 0, run.stderr
+
+
+def test_it_is_short():
+    assert len(TEXT.splitlines()) <= 360 and len(TEXT.encode()) <= 30 * 1024
+
+
+def test_the_memory_of_training_is_what_a_run_announces():
+    """The table of teachers: weights in billions, and GB in full and with --lora 16, by default."""
+    rows = re.findall(r"^\| (`[\w.-]+`(?:, `[\w.-]+`)*) \| ([\d.]+) B \| (\d+) \| (\d+) \|", TEXT, re.MULTILINE)
+    said = {name: map(float, numbers) for names, *numbers in rows for name in re.findall(r"[\w.-]+", names)}
+    assert said.keys() == TEACHERS.keys() == sid_fm.NAMES.keys()
+    for name, (weights, *memory) in said.items():
+        pipeline, changes = TEACHERS[name]
+        with torch.device("meta"):
+            net = sid_fm.build_network(sid_fm.PIPELINES[pipeline][1], network_config(pipeline, changes))
+        teacher = SimpleNamespace(dit=net, dtype=torch.bfloat16)
+        assert abs(sum(w.numel() for w in net.parameters()) / 1e9 - weights) < 0.01
+        for rank, gigabytes in zip((None, 16), memory, strict=True):
+            assert abs(sum(sid_fm.training_memory(teacher, rank, 4).values()) / 1e9 - gigabytes) < 0.51, (name, rank)
