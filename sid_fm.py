@@ -1909,8 +1909,9 @@ class Float32Adam(torch.optim.Optimizer):
 
 
 def blocks_of(net: nn.Module) -> list[nn.Module]:
-    """Returns a backbone's blocks, which are recomputed, gathered and compiled one by one."""
-    return [*net.transformer_blocks, *getattr(net, "single_transformer_blocks", ())]
+    """Returns the blocks of a backbone, which are all that its ModuleLists hold. They are recomputed,
+    gathered, compiled and adapted one at a time."""
+    return [block for part in net.children() if isinstance(part, nn.ModuleList) for block in part]
 
 
 class AdaptedLinear(nn.Linear):

@@ -448,11 +448,14 @@ def memory_of(name: str, rank: int | None, device: str) -> tuple[float, float | 
 
 
 def memory_rows(device: str) -> Iterator[list]:
-    """Each of BUDGETS, in a process of its own."""
+    """Each of BUDGETS; on cuda, where memory is measured, in a process of its own."""
     for i, (name, rank) in enumerate(BUDGETS):
+        label = f"`--teacher {name}{f' --lora {rank}' if rank else ''}`"
+        if device == "cpu":
+            yield [label, digits(memory_of(name, rank, device)[0] / 1e9)]
+            continue
         command = [sys.executable, __file__, "--device", device, "--memory", "--budget", str(i)]
         out = subprocess.run(command, capture_output=True, text=True, check=False)
-        label = f"`--teacher {name}{f' --lora {rank}' if rank else ''}`"
         failed = [f"failed: {(out.stderr.splitlines() or [''])[-1]}"]
         yield [label, *(failed if out.returncode else out.stdout.split())]
 
@@ -462,8 +465,7 @@ def main(args: argparse.Namespace) -> int:
     if args.threads:
         torch.set_num_threads(args.threads)
     if args.budget is not None:
-        sizes = memory_of(*BUDGETS[args.budget], args.device)
-        print(*(digits(size / 1e9) for size in sizes if size is not None))
+        print(*(digits(size / 1e9) for size in memory_of(*BUDGETS[args.budget], args.device)))
         return 0
     cuda = args.device == "cuda"
     machine = torch.cuda.get_device_name() if cuda else f"CPU, {torch.get_num_threads()} threads, small networks"

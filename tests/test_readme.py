@@ -89,12 +89,10 @@ def test_every_command_is_understood(command, monkeypatch):
 
 @pytest.mark.parametrize("command", [c for c in sorted(set(COMMANDS)) if c.startswith("pytest") and " -k " in c])
 def test_tests_that_are_named_are_there(command):
-    words = shlex.split(command)
-    run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "--collect-only", *words[1:]],
-        cwd=ROOT, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert run.returncode == 0, run.stdout
+    *files, _, names = shlex.split(command)[1:]
+    text = "".join((ROOT / file).read_text() for file in files)
+    for name in names.split(" or "):
+        assert re.search(rf"^def test_\w*{name}", text, re.MULTILINE), name
 
 
 def test_every_flag_exists(monkeypatch, capsys):
@@ -129,7 +127,7 @@ def test_links_within_the_page_lead_somewhere():
 
 def test_the_lines_of_distill_are_its_lines():
     source = ast.get_source_segment(Path(sid_fm.__file__).read_text(), node_of("distill"))
-    rows = re.findall(r"^\| \d+ \| .* \| `(.+)` \|$", TEXT, re.MULTILINE)
+    rows = re.findall(r"^\| [A-J] \| .* \| `(.+)` \|$", TEXT, re.MULTILINE)
     assert len(rows) == 10
     assert not [row for row in rows if row not in source]
 
