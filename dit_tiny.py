@@ -500,9 +500,10 @@ def plot_guidance(file: Path, teacher: dict[str, dict], students: dict[str, dict
 
 
 def plot_pictures(file: Path, pictures: dict[str, Tensor], texts: list[str]) -> None:
-    """Plots a row for each sampler and a column for each of six captions, from short to long."""
-    shown = [texts.index(text) for text in dict.fromkeys(sorted(texts, key=len))]
-    shown = shown[:: max(1, len(shown) // 6)][:6]
+    """Plots a row for each sampler and six columns: one object, two alike, "above" and "left of"."""
+    lengths = {2: 1, 3: 1, 5: 2, 6: 2}  # words in a caption: how many of these captions
+    chosen = [[text for text in dict.fromkeys(texts) if len(text.split()) == n][:k] for n, k in lengths.items()]
+    shown = [texts.index(text) for some in chosen for text in some]
     rows = {name.replace(", ", "\n"): sid_fm.to_pixels(x[shown]) for name, x in pictures.items()}
     sid_fm.plot_images(file, rows, [texts[i] for i in shown])
 
