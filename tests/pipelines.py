@@ -3,11 +3,13 @@ diffusers builds and saves.
 
 The wiring is the real one (layers of each kind, activations, scalings, schedulers, token ids); only
 the widths are tiny. The tokenizers know the words of a few sentences, so nothing is downloaded.
+`python tests/pipelines.py sd3-medium tiny` writes one into the folder tiny.
 """
 
 import json
 import math
 import re
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -372,3 +374,7 @@ def build(family: str, folder: Path, seed: int = 0, guidance_embeds: bool = Fals
     index |= {name: ["transformers", kind] for name, kind in tokenizers.items()}
     write_json(folder / "model_index.json", index)
     return folder
+
+
+if __name__ == "__main__":
+    print(build(sys.argv[1], Path(sys.argv[2])))

@@ -132,19 +132,10 @@ def test_the_lines_of_distill_are_its_lines():
     assert not [row for row in rows if row not in source]
 
 
-def test_the_chapters_are_as_long_as_it_says():
-    source = Path(sid_fm.__file__).read_text().splitlines()
-    starts = [(int(m[1]), i) for i, line in enumerate(source) if (m := re.match(r"# (\d+)\. ", line))]
-    lengths = {n: end - i for (n, i), (_, end) in zip(starts, [*starts[1:], (0, len(source))])}
-    said = {int(n): int(lines) for n, lines in re.findall(r"^\| (\d+)\. .* \| (\d+) \|$", TEXT, re.MULTILINE)}
-    assert said.keys() == lengths.keys()
-    assert all(abs(said[n] - lengths[n]) <= 10 for n in said), lengths
-
-
 def test_the_loop_in_the_readme_runs(capsys):
     (block,) = [block for kind, block in FENCED if kind == "python" and "sid_fm.distill" in block]
     net = toy_2d.Net()
-    block = block.replace("teacher = ...", "teacher = net").replace("steps=4):", "steps=4, iters=2):")
+    block = block.replace("teacher = ...", "teacher = net").replace("iters=1000", "iters=2")
     exec("import copy, itertools, torch, sid_fm\n" + block, {"net": net})  # noqa: S102 (the README is ours)
     assert len(capsys.readouterr().out.splitlines()) == 2
 

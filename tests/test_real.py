@@ -13,6 +13,10 @@ pipeline in the diffusers layout. It needs diffusers: pip install -r tests/requi
     vae        encoding and decoding
     sampler    the teacher's own sampler, from the same noise, from prompts to pixels
 
+An error is the largest difference, relative to the largest number (of pictures the mean over
+pixels). Rows of text are often exactly 0: both sides run transformers' encoders, and what is
+compared is tokens, lengths, and how states are joined.
+
     --part text         does one part alone; on a CPU the sampler takes most of the time
     --student HUB_ID    adds a student by its repository or folder, for example one of the authors':
                         its velocities to the table, its four steps from that noise to the picture
