@@ -650,7 +650,8 @@ def plot_sweep(file: Path, tables: dict[str, tuple[str, dict, dict]], cells: dic
         axis.imshow(np.log(ratios), cmap=colours, aspect="auto", vmin=math.log(1.5), vmax=math.log(20))
         for (i, j), ratio in np.ndenumerate(ratios):
             axis.text(j, i, cell_text(grid[i][j]), ha="center", va="center", color=INK if ratio >= 7 else "white")
-        axis.set(xticks=range(len(columns)), yticks=range(len(rows)), xticklabels=columns, yticklabels=rows)
+        axis.set(xticks=range(len(columns)), yticks=range(len(rows)), yticklabels=rows)
+        axis.set_xticklabels([column.replace(" ", "\n") for column in columns])
         axis.set_xlabel(xlabel)
         axis.set_title(title, loc="left")
         axis.grid(visible=False)
