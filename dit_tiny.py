@@ -487,14 +487,18 @@ def plot_guidance(file: Path, teacher: dict[str, dict], students: dict[str, dict
     """Plots accuracy against diversity. A point's label is, for the teacher, the guidance of its
     sampling and, for a student, where guidance was used in its distillation."""
     figure, axis = sid_fm.pyplot().subplots(figsize=(8, 4.6))
-    groups = (teacher, "o-", GREY, "teacher, 28 steps, guided"), (students, "s", BLUE, "one-step students")
-    for rows, marker, color, label in groups:
+    groups = (
+        (teacher, "o-", GREY, "teacher, 28 steps, guided", "left"),
+        (students, "s", BLUE, "one-step students", "right"),
+    )
+    for rows, marker, color, label, side in groups:
         points = [(row["diversity"], 100 * row["all"]) for row in rows.values()]
         axis.plot(*zip(*points), marker, color=color, markersize=7, label=label)
         for name, (bits, right) in zip(rows, points):
-            axis.annotate(name, (bits, right), (0, 8), textcoords="offset points", ha="center", fontsize=9, color=INK)
+            offset = (8 if side == "left" else -8, -3)
+            axis.annotate(name, (bits, right), offset, textcoords="offset points", ha=side, fontsize=9, color=INK)
     axis.set(xlabel="diversity, bits (the data: 3)", ylabel="accuracy, %")
-    axis.margins(0.12)
+    axis.margins(0.15, 0.12)
     axis.legend(fontsize=9, loc="lower left")
     save_figure(figure, file)
 
