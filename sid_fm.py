@@ -3088,7 +3088,7 @@ def train(args: argparse.Namespace, teacher: Teacher, start: nn.Module | None) -
                 save_state(out / "state", done, nets, optimizers, rng)
             if halt and not last:
                 bar.close()
-                again = f"--teacher {args.teacher} --out {out} --resume goes on"
+                again = f"--teacher {args.teacher} --resume --out {out} goes on"
                 fail(f"stopped after iteration {done}, which is saved: {again}", 128 + halt)
     if rank == 0:
         print(f"{out}: samples-*.png, loss.png and the student. To sample from it:\n{sampling_command(args, shown[0])}")

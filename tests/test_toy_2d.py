@@ -610,6 +610,7 @@ def test_the_sweep_prints_its_tables(monkeypatch, tmp_path, capsys):
     """Each cell has three seeds; a student that skips an update, and one that ends worse than its
     teacher's one step, are counted as diverged."""
     monkeypatch.setattr(toy_2d, "TEACHER_ITERS", 200)
+    monkeypatch.setattr(toy_2d, "MixtureMeasure", partial(toy_2d.MixtureMeasure, directions=8))
     seen, student = [], toy_2d.toy_student
 
     def watched(teacher, iters, seed, bar, **options):
