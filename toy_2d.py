@@ -263,8 +263,8 @@ def toy_student(
 
 def run_jobs(jobs: dict[str, tuple[int, Callable[[tqdm], object]]]) -> dict:
     """Runs jobs in two threads. jobs: name -> (iterations, job). Returns name -> job(bar).
-    PyTorch releases Python's global lock in its kernels, so both threads
-    compute. After Ctrl-C or an error in one job, other jobs stop at their next bar.update()."""
+    PyTorch releases Python's global lock in its kernels, so both threads compute. After Ctrl-C or
+    an error in one job, other jobs stop at their next bar.update()."""
     stopped = threading.Event()
 
     class Bar(tqdm):
@@ -714,7 +714,7 @@ def run_toy(args: argparse.Namespace) -> None:
 
 
 def cell_text(cell: dict, separator: str = "\n") -> str:
-    """Returns the numbers of a cell of the sweep."""
+    """Returns a cell of the sweep as text: W2 ratio, share within 3 sigma, runs that diverged."""
     numbers = [f"{cell['ratio']:.1f}", f"{cell['within_3_sigma']:.0%}"] if "ratio" in cell else []
     return separator.join(numbers + [f"{cell['diverged']} of {SEEDS} div."] * bool(cell["diverged"]))
 
