@@ -44,6 +44,7 @@ import time
 import warnings
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import cached_property, lru_cache, partial
 from pathlib import Path
 from typing import ClassVar, NoReturn
@@ -60,6 +61,7 @@ from tqdm import tqdm
 # error. No ODE or SDE is needed. It follows that every quantity that a network may predict is a
 # linear function of x_t and D(x_t, t).
 
+Cond = dict[str, Tensor] | None  # what a network is conditioned on: tensors, batch first
 T_END = {"rf": 1.0, "trig": math.pi / 2, "vp": 1.0, "ve": 80.0}  # vp and ve end before pure noise
 VP_BETA_MIN, VP_BETA_SLOPE = 0.1, 19.9  # the score SDE's beta(t), from 0.1 to 20
 
@@ -164,7 +166,7 @@ class RectifiedFlowView(nn.Module):
         super().__init__()
         self.net, self.path, self.predicts = net, path, predicts
 
-    def forward(self, x_t: Tensor, t: Tensor, cond: dict | None = None, features: bool = False):
+    def forward(self, x_t: Tensor, t: Tensor, cond: Cond = None, features: bool = False):
         x_u, u = equal_snr(x_t, t, "rf", self.path)
         pred, hidden = self.net(x_u, u, cond, features=True) if features else (self.net(x_u, u, cond), None)
         x_0 = convert(pred, x_u, u, self.path, self.predicts, "x0")
@@ -190,13 +192,7 @@ def as_rectified_flow(net: nn.Module, path: str, predicts: str = "v") -> nn.Modu
 
 
 def guided(
-    net: Callable,
-    x_t: Tensor,
-    t: Tensor,
-    cond: dict | None = None,
-    uncond: dict | None = None,
-    guidance: float = 1.0,
-    features: bool = False,
+    net: Callable, x_t: Tensor, t: Tensor, cond: Cond, uncond: Cond, guidance: float, features: bool = False
 ) -> tuple[Tensor, Tensor | None]:
     """Applies classifier-free guidance, v = v_uncond + guidance (v_cond - v_uncond), in one batched
     call. D = x_t - t v is linear in v, so D is guided in the same way.
@@ -318,17 +314,22 @@ SID_LAW = (math.log(2), 1.6)  # the authors' times: t = sigmoid(n), n ~ N(log 2,
 T_MIN = 1e-3  # uniform times start here: the integral of 1/t^2, the weight on |D^ - x_0|^2, diverges at 0
 
 
-class SharedGenerator(torch.Generator):
-    """Generates random numbers for process `rank` of `world` processes with the same seed. Each
-    samples the whole batch and keeps its own rows. So all together use the same numbers as one
-    process would."""
+def rank_and_world() -> tuple[int, int]:
+    """Returns this process's rank and the number of processes."""
+    import torch.distributed as dist
 
-    rank, world = 0, 1
+    joined = dist.is_available() and dist.is_initialized()
+    return (dist.get_rank(), dist.get_world_size()) if joined else (0, 1)
+
+
+class SharedGenerator(torch.Generator):
+    """Marks a generator whose seed all processes share. Each samples the whole batch and keeps its
+    own rows. So all together use the same numbers as one process would."""
 
 
 def random_rows(law: Callable, shape: tuple[int, ...], rng: torch.Generator | None, **options) -> Tensor:
     """Returns this process's rows of random numbers of a shape. law: torch.rand or torch.randn."""
-    rank, world = (rng.rank, rng.world) if isinstance(rng, SharedGenerator) else (0, 1)
+    rank, world = rank_and_world() if isinstance(rng, SharedGenerator) else (0, 1)
     return law(world * shape[0], *shape[1:], generator=rng, **options)[rank * shape[0] : (rank + 1) * shape[0]]
 
 
@@ -355,7 +356,7 @@ def sample_k(steps: int, iteration: int, rng: torch.Generator | None = None) -> 
 def generate(
     net: Callable,
     z: Tensor,
-    cond: dict | None = None,
+    cond: Cond = None,
     steps: int = 4,
     noise: str = "fresh",
     stop_after: int | None = None,
@@ -392,12 +393,7 @@ def generate(
 
 @torch.no_grad()
 def sample_ode(
-    net: Callable,
-    z: Tensor,
-    cond: dict | None = None,
-    uncond: dict | None = None,
-    times: Tensor | None = None,
-    guidance: float = 1.0,
+    net: Callable, z: Tensor, cond: Cond = None, uncond: Cond = None, times: Tensor | None = None, guidance: float = 1.0
 ) -> Tensor:
     """Solves dx/dt = v by Euler's method along descending times that end in 0, by default in 28
     steps. (Teacher.times returns a teacher's own times.) This is `generate` with ddim noise:
@@ -405,12 +401,8 @@ def sample_ode(
         (1 - t') (x_t - t v) + t' (x_t + (1 - t) v) = x_t + (t' - t) v
 
     z: [B, ...] -> x_0: [B, ...]. uncond, guidance and errors are those of `guided`."""
-
-    def guided_net(x_t: Tensor, t: Tensor, cond: dict | None) -> Tensor:
-        return guided(net, x_t, t, cond, uncond, guidance)[0]
-
     times = torch.linspace(1, 0, 29) if times is None else times
-    return generate(guided_net, z, cond, noise="ddim", times=times)
+    return generate(lambda *of: guided(net, *of, uncond, guidance)[0], z, cond, noise="ddim", times=times)
 
 
 def set_trainable(optimizer: torch.optim.Optimizer, flag: bool) -> None:
@@ -460,7 +452,7 @@ def distill(
     weight: str = "1-t",
     noise: str = "fresh",
     guidance: float | Sequence[float] = 1.0,
-    uncond: dict | None = None,
+    uncond: Cond = None,
     law: tuple[float, float] | None = SID_LAW,
     sid_scale: float = 100.0,
     # the schedule
@@ -511,7 +503,7 @@ def distill(
     weights = next(student.parameters())
     template = torch.empty(shape, device=weights.device, dtype=torch.promote_types(weights.dtype, torch.float32))
     size = template[0].numel()  # C H W
-    images = shape[0] * accumulate * getattr(rng, "world", 1)  # generated per iteration
+    images = shape[0] * accumulate * rank_and_world()[1]  # generated per iteration, by all processes
     steps, times = (steps, None) if times is None else (len(times) - 1, times.cpu())
     sample, batches = partial(generate, student, steps=steps, noise=noise, times=times, rng=rng), iter(batches)
 
@@ -775,11 +767,6 @@ class Backbone(nn.Module):
     FIXED: ClassVar = {}
     guidance = student_guidance = 1.0
 
-    @property
-    def dtype(self) -> torch.dtype:
-        """Returns the dtype of the weights, and so of activations and products."""
-        return self.proj_out.weight.dtype
-
     def velocity(self, tokens: Tensor, x_t: Tensor, features: bool) -> Tensor | tuple[Tensor, Tensor]:
         """Projects the last hidden states (after the final norm) to v. With features=True, also
         returns their mean over tokens. tokens: [B, N, D] -> v in the shape of x_t, hidden [B, D]"""
@@ -824,9 +811,10 @@ class MMDiT(Backbone):
         self.proj_out = nn.Linear(dim, patch_size**2 * in_channels)
 
     def forward(self, x_t: Tensor, t: Tensor, cond: dict, features: bool = False):
-        x = self.pos_embed(x_t.to(self.dtype))
-        text = self.context_embedder(cond["text"].to(self.dtype))
-        c = self.time_text_embed(1000 * t, None, cond["pooled"], self.dtype)
+        dtype = self.proj_out.weight.dtype
+        x = self.pos_embed(x_t.to(dtype))
+        text = self.context_embedder(cond["text"].to(dtype))
+        c = self.time_text_embed(1000 * t, None, cond["pooled"], dtype)
         for block in self.transformer_blocks:
             x, text = block(x, text, c)
         scale, shift = self.norm_out(c)
@@ -899,10 +887,11 @@ class FLUX(Backbone):
         self.proj_out = nn.Linear(dim, in_channels)
 
     def forward(self, x_t: Tensor, t: Tensor, cond: dict, features: bool = False):
-        packed = F.pixel_unshuffle(x_t.to(self.dtype), 2)  # [B, 4 C, h / 2, w / 2]
-        x, text = self.x_embedder(packed.flatten(2).transpose(1, 2)), self.context_embedder(cond["text"].to(self.dtype))
+        dtype = self.proj_out.weight.dtype
+        packed = F.pixel_unshuffle(x_t.to(dtype), 2)  # [B, 4 C, h / 2, w / 2]
+        x, text = self.x_embedder(packed.flatten(2).transpose(1, 2)), self.context_embedder(cond["text"].to(dtype))
         guidance = cond.get("guidance", torch.full_like(t, self.guidance))
-        c = self.time_text_embed(1000 * t, 1000 * guidance, cond["pooled"], self.dtype)
+        c = self.time_text_embed(1000 * t, 1000 * guidance, cond["pooled"], dtype)
         rope = rope_table(*packed.shape[-2:], text.shape[1], self.axes, x.device)
         for block in self.transformer_blocks:
             x, text = block(x, text, c, rope)
@@ -949,17 +938,20 @@ def linear_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 class MixFFN(nn.Module):
-    """Runs a gated convolutional MLP: 1 x 1, 3 x 3 depthwise, SiLU gate, 1 x 1. [B, D, h, w]"""
+    """Runs a gated convolutional MLP: 1 x 1, 3 x 3 depthwise, SiLU gate, 1 x 1. [B, D, h, w]. In
+    the autoencoder, which has a norm, x is added to the result."""
 
-    def __init__(self, dim: int, hidden: int):
+    def __init__(self, dim: int, hidden: int, norm: nn.Module | None = None):
         super().__init__()
         self.conv_inverted = nn.Conv2d(dim, 2 * hidden, 1)
         self.conv_depth = nn.Conv2d(2 * hidden, 2 * hidden, 3, padding=1, groups=2 * hidden)
         self.conv_point = nn.Conv2d(hidden, dim, 1, bias=False)
+        self.norm = norm
 
     def forward(self, x: Tensor) -> Tensor:
         y, gate = self.conv_depth(F.silu(self.conv_inverted(x))).chunk(2, dim=1)
-        return self.conv_point(y * F.silu(gate))
+        y = self.conv_point(y * F.silu(gate))
+        return y if self.norm is None else x + self.norm(y)
 
 
 class SanaBlock(nn.Module):
@@ -1025,12 +1017,13 @@ class SanaDiT(Backbone):
         self.proj_out = nn.Linear(dim, patch_size**2 * in_channels)
 
     def forward(self, x_t: Tensor, t: Tensor, cond: dict, features: bool = False):
-        x = self.patch_embed(x_t.to(self.dtype))
-        text = self.caption_norm(self.caption_projection(cond["text"].to(self.dtype)))
+        dtype = self.proj_out.weight.dtype
+        x = self.patch_embed(x_t.to(dtype))
+        text = self.caption_norm(self.caption_projection(cond["text"].to(dtype)))
         mask = cond["mask"][:, None, None].bool() if "mask" in cond else None
         embed = getattr(self.time_embed, "emb", self.time_embed)
         guidance = cond.get("guidance", torch.full_like(t, self.guidance))
-        c = embed(self.time_scale * t, self.guidance_scale * guidance, None, self.dtype)
+        c = embed(self.time_scale * t, self.guidance_scale * guidance, None, dtype)
         modulation = self.time_embed.linear(F.silu(c)).unflatten(1, (6, -1))
         for block in self.transformer_blocks:
             x = block(x, text, mask, modulation, x_t.shape[-2] // self.patch_size)
@@ -1041,9 +1034,9 @@ class SanaDiT(Backbone):
 # ----------------------------------------------------------------------------------------------------------------------
 # 5. Autoencoders: images to latents and back
 # ----------------------------------------------------------------------------------------------------------------------
-# encode(images) -> latents and decode(latents) -> images are deterministic. images: [B, 3, H, W] in
-# [-1, 1]; latents: [B, C, H / downscale, W / downscale], before shift and scale, which Teacher
-# applies. Arguments and FIXED are keys of config.json, as in chapter 4.
+# posterior(images) returns the mean and standard deviation of the latents, and decoder(latents) the
+# images. images: [B, 3, H, W] in [-1, 1]; latents: [B, C, H / downscale, W / downscale], before
+# shift and scale, which Teacher applies. Arguments and FIXED are keys of config.json.
 
 conv3x3 = partial(nn.Conv2d, kernel_size=3, padding=1)
 
@@ -1088,8 +1081,7 @@ class MidBlock(nn.Module):
 
 
 class AutoencoderKL(nn.Module):
-    """Implements the autoencoder of SD3, SD3.5 and FLUX. encode returns the posterior's mean, which
-    is its mode. posterior returns its mean and standard deviation."""
+    """Implements the autoencoder of SD3, SD3.5 and FLUX."""
 
     FIXED: ClassVar = {"act_fn": "silu", "in_channels": 3, "out_channels": 3, "mid_block_add_attention": True}
 
@@ -1138,12 +1130,6 @@ class AutoencoderKL(nn.Module):
     def posterior(self, images: Tensor) -> tuple[Tensor, Tensor]:
         mean, log_variance = self.encoder(images).chunk(2, dim=1)
         return mean, (log_variance.clamp(-30, 20) / 2).exp()
-
-    def encode(self, images: Tensor) -> Tensor:
-        return self.posterior(images)[0]
-
-    def decode(self, latents: Tensor) -> Tensor:
-        return self.decoder(latents)
 
 
 # The deep compression autoencoder (DC-AE, arXiv 2410.10733) has residuals everywhere.
@@ -1210,17 +1196,6 @@ class MultiscaleAttention(nn.Module):
         return self.norm_out(self.to_out(y.movedim(1, -1)).movedim(-1, 1)) + x
 
 
-class GatedConv(MixFFN):
-    """Computes x + norm(MixFFN(x))."""
-
-    def __init__(self, dim: int):
-        super().__init__(dim, 4 * dim)
-        self.norm = PixelRMSNorm(dim, eps=1e-5, bias=True)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.norm(super().forward(x)) + x
-
-
 class AutoencoderDC(nn.Module):
     """Implements SANA's autoencoder, DC-AE f32c32 (1.0 and 1.1). Its posterior has variance 0."""
 
@@ -1253,16 +1228,15 @@ class AutoencoderDC(nn.Module):
 
         def block(kind: str, dim: int, kernels: Sequence[int]) -> nn.Module:
             check_choice("block type", kind, ("ResBlock", "EfficientViTBlock"))
-            if kind == "EfficientViTBlock":
-                return Chain(attn=MultiscaleAttention(dim, attention_head_dim, kernels), conv_out=GatedConv(dim))
             norm = PixelRMSNorm(dim, eps=1e-5, bias=True)
-            return Residual(conv1=conv3x3(dim, dim), act=nn.SiLU(), conv2=conv3x3(dim, dim, bias=False), norm=norm)
-
-        def stages(kinds, dims, layers, kernels) -> list[list[nn.Module]]:
-            return [[block(*of) for _ in range(n)] for *of, n in zip(kinds, dims, kernels, layers)]
+            if kind == "ResBlock":
+                return Residual(conv1=conv3x3(dim, dim), act=nn.SiLU(), conv2=conv3x3(dim, dim, bias=False), norm=norm)
+            attention = MultiscaleAttention(dim, attention_head_dim, kernels)
+            return Chain(attn=attention, conv_out=MixFFN(dim, 4 * dim, norm))
 
         dims = encoder_block_out_channels
-        down = stages(encoder_block_types, dims, encoder_layers_per_block, encoder_qkv_multiscales)
+        stages = zip(encoder_block_types, dims, encoder_qkv_multiscales, encoder_layers_per_block)
+        down = [[block(*of) for _ in range(layers)] for *of, layers in stages]
         for stage, dim, dim_out in zip(down, dims, dims[1:]):
             stage.append(Residual(conv=conv3x3(dim, dim_out, stride=2)))
         self.encoder = Chain(
@@ -1272,7 +1246,8 @@ class AutoencoderDC(nn.Module):
         )
 
         dims = decoder_block_out_channels
-        up = stages(decoder_block_types, dims, decoder_layers_per_block, decoder_qkv_multiscales)
+        stages = zip(decoder_block_types, dims, decoder_qkv_multiscales, decoder_layers_per_block)
+        up = [[block(*of) for _ in range(layers)] for *of, layers in stages]
         for stage, dim, dim_out in zip(up, dims[1:], dims):
             stage.insert(0, Residual(up=nn.Upsample(scale_factor=2), conv=conv3x3(dim, dim_out)))
         self.decoder = Chain(  # the checkpoint numbers its blocks from the end
@@ -1286,12 +1261,6 @@ class AutoencoderDC(nn.Module):
     def posterior(self, images: Tensor) -> tuple[Tensor, Tensor]:
         z = self.encoder(images)
         return z, torch.zeros_like(z)
-
-    def encode(self, images: Tensor) -> Tensor:
-        return self.encoder(images)
-
-    def decode(self, latents: Tensor) -> Tensor:
-        return self.decoder(latents)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1323,14 +1292,6 @@ def check_finite(x: Tensor, part: object, advice: str = "download it again, or t
     if not x.isfinite().all():
         raise error(f"{part}: not all numbers are finite; {advice}")
     return x
-
-
-def rank_and_world() -> tuple[int, int]:
-    """Returns this process's rank and the number of processes."""
-    import torch.distributed as dist
-
-    joined = dist.is_available() and dist.is_initialized()
-    return (dist.get_rank(), dist.get_world_size()) if joined else (0, 1)
 
 
 def read_text(file: Path) -> str:
@@ -1391,14 +1352,6 @@ def weight_files(folder: Path, stem: str = "diffusion_pytorch_model") -> list[Pa
     raise BadInput(f"{folder} holds no {stem}.safetensors: weights are read from safetensors only")
 
 
-def read_tensors(file: Path) -> dict[str, Tensor]:
-    """Maps a safetensors file's tensors: each is read when it is used. Raises BadInput."""
-    from safetensors.torch import load_file
-
-    with reading(file):
-        return load_file(file)
-
-
 # The Hub
 
 NAMES = {  # the paper's teachers: their repositories, and the steps of their own samplers
@@ -1414,12 +1367,11 @@ NAMES = {  # the paper's teachers: their repositories, and the steps of their ow
 PARTS = re.compile(r"(transformer|vae|scheduler|(text_encoder|tokenizer)(_\d)?)/[^/]+\.(json|txt|model|safetensors)$")
 PIPELINE = re.compile(rf"model_index\.json$|{PARTS.pattern}")
 NETWORK = re.compile(r"(transformer/)?(config|diffusion_pytorch_model[^/]*)\.(json|safetensors)$")  # of a student
-CLIP_MODEL = re.compile(r"(model[^/]*\.safetensors(\.index\.json)?|[a-z_]+\.json|merges\.txt)$")
 
 
 def files_to_read(files: Iterable[str], kind: re.Pattern = PIPELINE) -> list[str]:
     """Returns the files of a repository that are read: configurations, vocabularies, each tensor
-    once (a variant, .fp16., if nothing plain is there). kind: PIPELINE, NETWORK or CLIP_MODEL."""
+    once (a variant, .fp16., if nothing plain is there). kind: PIPELINE or NETWORK."""
     kept = [f for f in files if kind.match(f)]
     is_weight = re.compile(r".*\.safetensors(\.index.*)?$")
     is_variant = re.compile(r".*\.(fp16|bf16)[.-]")
@@ -1427,12 +1379,19 @@ def files_to_read(files: Iterable[str], kind: re.Pattern = PIPELINE) -> list[str
     return [f for f in kept if not (is_variant.match(f) and f.rpartition("/")[0] in plain)]
 
 
-def fetch(repository: str, kind: re.Pattern = PIPELINE) -> Path:
-    """Returns the folder of a Hub repository in huggingface_hub's cache, and downloads it if
-    necessary. HF_HOME, HF_TOKEN and HF_HUB_OFFLINE work as in huggingface_hub. Raises BadInput."""
+def resolve(name_or_path: str | Path, kind: re.Pattern = PIPELINE) -> Path:
+    """Returns the folder of a teacher's name, a path, or a Hub repository's id. A repository is
+    downloaded to huggingface_hub's cache if necessary; HF_HOME, HF_TOKEN and HF_HUB_OFFLINE work as
+    there. Raises BadInput."""
     import huggingface_hub as hub
     from huggingface_hub.utils import HfHubHTTPError
 
+    name = os.path.expanduser(name_or_path)
+    if Path(name).is_dir():
+        return Path(name)
+    repository = NAMES[name][0] if name in NAMES else name
+    if not re.fullmatch(r"\w[\w.-]*/[\w.-]+", repository):
+        raise BadInput(f"{name} is no folder, no repository on the Hub and none of the names {', '.join(NAMES)}")
     errors = (OSError, ValueError, *HfHubHTTPError.__bases__)  # of requests or httpx
     names, reason = None, None
     try:
@@ -1449,16 +1408,40 @@ def fetch(repository: str, kind: re.Pattern = PIPELINE) -> Path:
         raise BadInput(f"{repository} can't be had from the Hub ({reason}): {advice}") from None
 
 
-def resolve(name_or_path: str | Path, kind: re.Pattern = PIPELINE) -> Path:
-    """Returns the folder of a teacher's name, a path, or a Hub repository's id. Raises BadInput."""
-    name = os.path.expanduser(name_or_path)
-    if Path(name).is_dir():
-        return Path(name)
-    if name in NAMES:
-        return fetch(NAMES[name][0], kind)
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not name.startswith("."):
-        return fetch(name, kind)
-    raise BadInput(f"{name} is no folder, no repository on the Hub and none of the names {', '.join(NAMES)}")
+# Prompts
+
+GRAMMAR = {  # composes prompts if no file is given: {name} becomes one of that line's choices
+    "prompt": "{scene}|{scene}, {style}|{style} of {scene}|{thing} {place}, {light}|{lettering} {place}",
+    "scene": "{thing} {place}|{several} {place}|{thing} {relation} {thing}|{thing} and {several} {place}, {light}",
+    "thing": "a {quality} {object}|a {colour} {object}|a {colour} {object} made of {material}|a {quality} {colour} {object}",
+    "several": "two {colour} {object}s|three {object}s|four {quality} {object}s|a row of {colour} {object}s",
+    "lettering": 'a {colour} sign that says "{word} {word}"|a book called "{word}"|a {object} with the word "{word}" on it',
+    "relation": "next to|to the left of|on top of|under|behind|in front of",
+    "object": "cat|dog|robot|teapot|bicycle|lighthouse|owl|castle|violin|train|flower|astronaut|boat|chair|dragon|cake",
+    "quality": "small|huge|shiny|old|broken|cheerful|transparent|fluffy|rusty|elegant",
+    "colour": "red|blue|green|yellow|black|white|orange|purple|pink|golden",
+    "material": "glass|wood|wool|paper|marble|copper|ice|leaves",
+    "place": "in a forest|on a beach|in a busy street|on a kitchen table|under water|on the moon|in a library|in the snow",
+    "light": "at sunrise|at night under neon lights|in soft studio light|in heavy fog|by candlelight|at noon",
+    "style": "a watercolour|an oil painting|a 35mm photograph|a pencil drawing|a 3D rendering|a woodcut|a pixel-art picture",
+    "word": "OPEN|HELLO|NORTH|TEA|FLOW|DREAM|NOISE|TIME",
+}
+
+
+def compose(key: str) -> str:
+    """Composes a prompt of objects, attributes, counts, places and styles. The key fixes it."""
+    rng, prompt = random.Random(key), "{prompt}"
+    while "{" in prompt:
+        prompt = re.sub(r"{(\w+)}", lambda match: rng.choice(GRAMMAR[match[1]].split("|")), prompt)
+    return re.sub(r"\b([Aa]) (?=[aeiou])", r"\1n ", prompt)
+
+
+def read_prompts(file: str | Path) -> list[str]:
+    """Returns the prompts of a file, one a line. Raises BadInput if there are none."""
+    prompts = [line.strip() for line in read_text(Path(file)).split("\n") if line.strip()]
+    if not prompts:
+        raise BadInput(f"{file} holds no prompt: it needs one a line")
+    return prompts
 
 
 # Text
@@ -1471,16 +1454,6 @@ TEXT_ENCODERS = {  # of each family: text_encoder, text_encoder_2, text_encoder_
 VOCABULARIES = ("tokenizer.json", "vocab.json", "spiece.model", "tokenizer.model")
 CLIP_LENGTH = 77
 TEXT_LENGTH = {"sd3": 256, "flux": 512, "sana": 300}  # the pipelines' numbers of tokens of T5, T5, Gemma
-
-
-def find_instruction() -> str | None:
-    """Returns SANA's instruction, a default value in diffusers, or None if it isn't found."""
-    try:
-        from diffusers import SanaPipeline
-
-        return "\n".join(inspect.signature(SanaPipeline.__call__).parameters["complex_human_instruction"].default)
-    except (ImportError, RuntimeError, AttributeError, KeyError, TypeError):  # not installed, or another version
-        return None
 
 
 def from_pretrained(kind: str, folder: Path, **options):
@@ -1506,21 +1479,22 @@ def check_text(folder: Path, family: str) -> dict[str, tuple[str, str]]:
     "", "_2", "_3". Raises BadInput for a part that can't be used, before any is read."""
     index, kinds = read_json(folder / "model_index.json"), {}
     for nth, needed in zip(("", "_2", "_3"), TEXT_ENCODERS[family]):
-        names = f"text_encoder{nth}", f"tokenizer{nth}"
-        encoder, tokenizer = ((index.get(name) or [None])[-1] for name in names)
+        encoder, tokenizer = ((index.get(name + nth) or [None])[-1] for name in ("text_encoder", "tokenizer"))
         if nth == "_3" and encoder is None:  # SD3 without T5
             continue
         if encoder != needed or tokenizer is None:
-            line = f"{folder}: {names[0]} is {encoder}, and {names[1]} {tokenizer}, in model_index.json"
+            line = f"{folder}: text_encoder{nth} is {encoder}, and tokenizer{nth} {tokenizer}, in model_index.json"
             raise BadInput(f"{line}; a {needed} and its tokenizer are needed")
-        read_json(folder / names[1] / "tokenizer_config.json")
-        words = [file for file in VOCABULARIES if (folder / names[1] / file).exists()]
+        source = folder / f"tokenizer{nth}"
+        read_json(source / "tokenizer_config.json")
+        words = [file for file in VOCABULARIES if (source / file).exists()]
         if not words:
-            raise BadInput(f"{folder / names[1]} holds none of {', '.join(VOCABULARIES)}: download it again")
+            raise BadInput(f"{source} holds none of {', '.join(VOCABULARIES)}: download it again")
         if words[0] in VOCABULARIES[2:] and not importlib.util.find_spec("sentencepiece"):
-            raise BadInput(f"{folder / names[1]}: to read {words[0]}, pip install sentencepiece")
-        if read_json(folder / names[0] / "config.json").get("quantization_config"):
-            raise BadInput(f"{folder / names[0]} has a quantization_config: take the one that is not quantized")
+            raise BadInput(f"{source}: to read {words[0]}, pip install sentencepiece")
+        source = folder / f"text_encoder{nth}"
+        if read_json(source / "config.json").get("quantization_config"):
+            raise BadInput(f"{source} has a quantization_config: take the one that is not quantized")
         kinds[nth] = encoder, tokenizer
     return kinds
 
@@ -1538,82 +1512,58 @@ class TextEncoders:
     prompt that is not empty, unchanged. Raises BadInput for a missing or unreadable part."""
 
     def __init__(self, folder: Path, family: str, device: str = "cpu", dtype=torch.float32, instruction: str = ""):
-        folder = Path(folder)
-        self.family, self.device, self.instruction, self.warned = family, device, instruction, set()
-        self.tokenizers: dict = {}
-        self.encoders: dict = {}
+        self.family, self.device, self.instruction = family, device, instruction
+        self.parts: dict[str, tuple] = {}  # tokenizer and encoder, by the end of their names
+        self.warned: set[str] = set()
         for nth, (encoder, tokenizer) in check_text(folder, family).items():
-            self.tokenizers[nth] = from_pretrained(tokenizer, folder / f"tokenizer{nth}")
-            self.tokenizers[nth].padding_side = "right"  # Gemma's own default is left
             source = folder / f"text_encoder{nth}"
             variant = re.search(r"(fp16|bf16)\b", weight_files(source, "model")[0].name)
-            net = pretrained_network(encoder, source, variant=variant and variant[0], dtype=dtype)
-            self.encoders[nth] = net.to(device)
-        if family == "sd3":
-            self.width = read_json(folder / "transformer" / "config.json").get("joint_attention_dim", 4096)
+            net = pretrained_network(encoder, source, variant=variant and variant[0], dtype=dtype).to(device)
+            # Gemma's own padding is on the left.
+            self.parts[nth] = from_pretrained(tokenizer, folder / f"tokenizer{nth}", padding_side="right"), net
+        self.width = read_json(folder / "transformer" / "config.json").get("joint_attention_dim", 4096)
 
     @torch.no_grad()
     def __call__(self, prompts: list[str], max_length: int | None = None) -> dict[str, Tensor]:
         """Returns the prompts' cond. max_length: the number of T5's or Gemma's tokens, by default
         the pipeline's. CLIP reads 77. Longer prompts are cut; each encoder warns once."""
-        encode = {"sd3": self.encode_sd3, "flux": self.encode_flux, "sana": self.encode_sana}[self.family]
-        return encode(prompts, max_length or TEXT_LENGTH[self.family])
+        length = max_length or TEXT_LENGTH[self.family]
+        if self.family == "flux":
+            pooled = self.encode("", prompts, CLIP_LENGTH)[0].pooler_output
+            return {"text": self.encode("_2", prompts, length)[0].last_hidden_state, "pooled": pooled}
+        if self.family == "sana":  # keeps the first token and the last length - 1
+            texts = [self.instruction + prompt.lower().strip() if prompt.strip() else "" for prompt in prompts]
+            added = len(self.parts[""][0](self.instruction, verbose=False).input_ids) - 2 if self.instruction else 0
+            output, mask = self.encode("", texts, length + added, masked=True, use_cache=False)
+            keep = [0, *range(added + 1, length + added)]
+            return {"text": output.last_hidden_state[:, keep], "mask": mask[:, keep]}
+        clips = [self.encode(nth, prompts, CLIP_LENGTH, output_hidden_states=True)[0] for nth in ("", "_2")]
+        text = torch.cat([clip.hidden_states[-2] for clip in clips], -1)
+        text = F.pad(text, (0, self.width - text.shape[-1]))
+        t5 = text.new_zeros(len(prompts), length, self.width)
+        if "_3" in self.parts:
+            t5 = self.encode("_3", prompts, length)[0].last_hidden_state
+        return {"text": torch.cat([text, t5], 1), "pooled": torch.cat([clip.text_embeds for clip in clips], -1)}
 
-    def tokenize(self, nth: str, texts: list[str], length: int) -> tuple[Tensor, Tensor]:
-        """Returns ids and mask, [B, length], for text encoder nth: "", "_2" or "_3"."""
-        tokenizer = self.tokenizers[nth]
+    def encode(self, nth: str, texts: list[str], length: int, masked: bool = False, **options: bool) -> tuple:
+        """Returns the output of text encoder nth ("", "_2", "_3") for texts of `length` tokens, and
+        the tokens' mask, [B, length]. Raises BadInput if the output is not finite."""
+        tokenizer, net = self.parts[nth]
         over = max(map(len, tokenizer(texts, verbose=False).input_ids)) - length
         if over > 0 and nth not in self.warned:
             warnings.warn(f"prompts are cut: text_encoder{nth} reads {length} tokens, {over} too many")
             self.warned.add(nth)
         batch = tokenizer(texts, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
-        return batch.input_ids.to(self.device), batch.attention_mask.to(self.device)
-
-    def states(self, nth: str, texts: list[str], length: int, **options: bool):
-        """Returns the output of text encoder nth, a CLIP or T5. Raises BadInput if not finite."""
-        output = self.encoders[nth](self.tokenize(nth, texts, length)[0], **options)
+        ids, mask = batch.input_ids.to(self.device), batch.attention_mask.to(self.device)
+        output = net(ids, attention_mask=mask if masked else None, **options)
         for x in (*output.get("hidden_states", ()), *(x for x in output.values() if isinstance(x, Tensor))):
             check_finite(x, f"text_encoder{nth}")
-        return output
-
-    def encode_sd3(self, prompts: list[str], length: int) -> dict[str, Tensor]:
-        clips = [self.states(nth, prompts, CLIP_LENGTH, output_hidden_states=True) for nth in ("", "_2")]
-        text = torch.cat([clip.hidden_states[-2] for clip in clips], -1)
-        text = F.pad(text, (0, self.width - text.shape[-1]))
-        if "_3" in self.encoders:
-            t5 = self.states("_3", prompts, length).last_hidden_state
-        else:
-            t5 = text.new_zeros(len(prompts), length, self.width)
-        return {"text": torch.cat([text, t5], 1), "pooled": torch.cat([clip.text_embeds for clip in clips], -1)}
-
-    def encode_flux(self, prompts: list[str], length: int) -> dict[str, Tensor]:
-        pooled = self.states("", prompts, CLIP_LENGTH).pooler_output
-        return {"text": self.states("_2", prompts, length).last_hidden_state, "pooled": pooled}
-
-    def encode_sana(self, prompts: list[str], length: int) -> dict[str, Tensor]:
-        """Keeps the states of the first token and of the last length - 1. The empty prompt, which
-        is the unconditional one, gets no instruction."""
-        prompts = [prompt.lower().strip() for prompt in prompts]
-        total = length
-        if self.instruction:
-            total += len(self.tokenizers[""](self.instruction, verbose=False).input_ids) - 2
-        ids, mask = self.tokenize("", [self.instruction + prompt if prompt else "" for prompt in prompts], total)
-        states = self.encoders[""](ids, attention_mask=mask, use_cache=False).last_hidden_state
-        keep = [0, *range(total - length + 1, total)]
-        return {"text": check_finite(states[:, keep], "text_encoder"), "mask": mask[:, keep]}
+        return output, mask
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # 7. Teachers and students
 # ----------------------------------------------------------------------------------------------------------------------
-
-PIPELINES = {  # pipeline class: family, network, autoencoder
-    "StableDiffusion3Pipeline": ("sd3", MMDiT, AutoencoderKL),
-    "FluxPipeline": ("flux", FLUX, AutoencoderKL),
-    "SanaPipeline": ("sana", SanaDiT, AutoencoderDC),
-    "SanaSprintPipeline": ("sana", SanaDiT, AutoencoderDC),
-}
-
 
 FREE = re.compile(  # keys with any value: they are read elsewhere, or shapes show them, or they have no effect
     "_.*|out_channels|caption_projection_dim|cross_attention(_head)?_dim|sample_size|force_upcast|"
@@ -1622,14 +1572,17 @@ FREE = re.compile(  # keys with any value: they are read elsewhere, or shapes sh
     "lambda_min_clipped|dynamic_thresholding_ratio|sample_max_value|variance_type|timestep_spacing|steps_offset"
 )
 EULER, DPM, SCM = "FlowMatchEulerDiscreteScheduler", "DPMSolverMultistepScheduler", "SCMScheduler"
-FLOW = {"num_train_timesteps": 1000, "time_shift_type": "exponential"}
-SCHEDULERS = {  # keys with one supported value
-    EULER: FLOW,
-    DPM: {"use_flow_sigmas": True, "prediction_type": "flow_prediction", "algorithm_type": "dpmsolver++"}
-    | {"final_sigmas_type": "zero", "use_dynamic_shifting": False}
-    | FLOW,
-    SCM: {"num_train_timesteps": 1000, "prediction_type": "trigflow", "sigma_data": 0.5},
+PIPELINES = {  # pipeline class: family, network, autoencoder, schedulers
+    "StableDiffusion3Pipeline": ("sd3", MMDiT, AutoencoderKL, (EULER,)),
+    "FluxPipeline": ("flux", FLUX, AutoencoderKL, (EULER,)),
+    "SanaPipeline": ("sana", SanaDiT, AutoencoderDC, (EULER, DPM)),
+    "SanaSprintPipeline": ("sana", SanaDiT, AutoencoderDC, (SCM,)),
 }
+FLOW = {"num_train_timesteps": 1000, "time_shift_type": "exponential"}
+FLOW_DPM = {"use_flow_sigmas": True, "prediction_type": "flow_prediction", "algorithm_type": "dpmsolver++"}
+FLOW_DPM |= {"final_sigmas_type": "zero", "use_dynamic_shifting": False} | FLOW
+TRIG = {"num_train_timesteps": 1000, "prediction_type": "trigflow", "sigma_data": 0.5}
+SCHEDULERS = {EULER: FLOW, DPM: FLOW_DPM, SCM: TRIG}  # keys with one supported value
 
 
 def check_config(name: str, config: dict, read: Iterable[str], fixed: dict) -> None:
@@ -1644,9 +1597,8 @@ def check_config(name: str, config: dict, read: Iterable[str], fixed: dict) -> N
 
 def read_scheduler(folder: Path, pipeline: str) -> dict:
     """Returns a pipeline's scheduler_config.json. Raises BadInput for one that is not supported."""
-    config = read_json(folder / "scheduler" / "scheduler_config.json")
-    name, kinds = config.get("_class_name"), {"SanaPipeline": (EULER, DPM), "SanaSprintPipeline": (SCM,)}
-    kinds = kinds.get(pipeline, (EULER,))
+    config, kinds = read_json(folder / "scheduler" / "scheduler_config.json"), PIPELINES[pipeline][3]
+    name = config.get("_class_name")
     if name not in kinds:
         raise BadInput(f"{folder / 'scheduler'} is a {name}: with a {pipeline} only {', '.join(kinds)} is understood")
     if name == DPM:  # diffusers' defaults for missing keys
@@ -1671,11 +1623,14 @@ def load_network(
     """Loads a frozen network of this kind. Names and shapes are compared before weights are read.
     If mapped, the weights stay in their files, in the files' dtype, until to_device copies them.
     override replaces keys of config.json. Raises BadInput."""
+    from safetensors.torch import load_file
+
     with torch.device("meta"):
         net = build_network(kind, read_json(folder / "config.json") | override)
     weights: dict = {}
     for file in weight_files(folder):
-        weights |= read_tensors(file)
+        with reading(file):
+            weights |= load_file(file)  # mapped: a tensor is read when it is used
     try:
         net.load_state_dict(weights, assign=True)
     except RuntimeError as error:
@@ -1710,23 +1665,25 @@ class Teacher:
         self.resolution = vae.downscale * latent_size if latent_size else vae.config.get("sample_size", 1024)
         self.sprint = scheduler["_class_name"] == SCM  # a Sprint student in the place of a teacher
         self.steps = NAMES[name][1] if name in NAMES else 2 if self.sprint else {"sana": 20}.get(family, 28)
-        self.text = None
+        self.text = self.tokens = None  # tokens: the number of T5's or Gemma's, if not the pipeline's
 
     def encode_prompts(self, prompts: list[str], max_length: int | None = None) -> dict[str, Tensor]:
         """Encodes prompts to cond (chapter 6). max_length: the number of T5's or Gemma's tokens."""
         if self.text is None:
             self.text = TextEncoders(self.folder, self.family, self.device, self.dtype, self.instruction)
-        return self.text(prompts, max_length)
+        return self.text(prompts, max_length or self.tokens)
 
     @cached_property
     def instruction(self) -> str:
-        """Returns the text before SANA's prompts: the one in diffusers, or one that was set. Raises
-        BadInput if there is none."""
-        found = find_instruction() if self.family == "sana" else ""
-        if found is None:
-            advice = "install diffusers, which has it, or give --instruction FILE, or --instruction none"
-            raise BadInput(f"SANA was trained with an instruction before every prompt: {advice}")
-        return found
+        """Returns the text that SANA was trained with before every prompt, unless another was set.
+        It is a default value in diffusers. Raises BadInput if it isn't found there."""
+        if self.family != "sana":
+            return ""
+        advice = "install diffusers, which has it, or give --instruction FILE, or --instruction none"
+        with reading("SANA's instruction, which stands before every prompt,", advice):
+            from diffusers import SanaPipeline
+
+            return "\n".join(inspect.signature(SanaPipeline.__call__).parameters["complex_human_instruction"].default)
 
     def forget_text(self) -> None:
         """Frees the text encoders' memory."""
@@ -1751,24 +1708,21 @@ class Teacher:
                 u[1] = 1.3
             return time_at(u.cos(), u.sin(), "rf").float()
 
-        def r(t: Tensor | float) -> Tensor | float:
-            return shift * t / (1 + (shift - 1) * t)
-
         shift, dynamic = config.get("shift", config.get("flow_shift", 1.0)), config.get("use_dynamic_shifting")
-        last = 1 / steps if self.family == "flux" else 1 / 1000 if dynamic else r(1 / 1000)
+        last = 1 / steps if self.family == "flux" else 1 / 1000 if dynamic else shift / (shift + 999)  # r(1 / 1000)
         if dynamic:
             _, h, w = self.latent_shape(resolution)
             low, high = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
             least, most = config.get("base_shift", 0.5), config.get("max_shift", 1.15)
             shift = math.exp(least + (most - least) * (h * w / 4 - low) / (high - low))
-        t = r(torch.linspace(1, last, steps, dtype=torch.float64))
-        return torch.cat([t, torch.zeros(1, dtype=torch.float64)]).float()
+        t = torch.linspace(1, last, steps, dtype=torch.float64)
+        return F.pad(shift * t / (1 + (shift - 1) * t), (0, 1)).float()
 
     def sample(
         self,
         z: Tensor,
-        cond: dict,
-        uncond: dict | None = None,
+        cond: Cond,
+        uncond: Cond = None,
         steps: int | None = None,
         guidance: float = 1.0,
         rng: torch.Generator | None = None,
@@ -1800,7 +1754,7 @@ class Teacher:
         """Decodes latents [B, C, h, w] to float32 images [B, 3, H, W] in about [-1, 1]. It does so
         one at a time: each takes more than a gigabyte at 1024 x 1024."""
         z = (latents / self.scale + self.shift).to(self.dtype)
-        return check_finite(torch.cat([widen(self.vae.decode(one)) for one in z.split(1)]), self.folder / "vae")
+        return check_finite(torch.cat([widen(self.vae.decoder(one)) for one in z.split(1)]), self.folder / "vae")
 
     def latent_shape(self, resolution: int | tuple[int, int]) -> tuple[int, int, int]:
         """Returns (C, h, w). Raises BadInput for a resolution that the networks can't take."""
@@ -1827,7 +1781,7 @@ def load_teacher(
     if pipeline not in PIPELINES:
         line = f"{folder} is a {pipeline}; the pipelines known here are {', '.join(PIPELINES)}"
         raise BadInput(f"{line}; a student (SiD...Pipeline) goes with --student, beside its teacher")
-    family, backbone, autoencoder = PIPELINES[pipeline]
+    family, backbone, autoencoder, _ = PIPELINES[pipeline]
     scheduler = read_scheduler(folder, pipeline)
     check_text(folder, family)
     # Sprint's pipeline feeds t to its network, whatever the configuration says.
@@ -1954,34 +1908,25 @@ def trainable_weights(net: nn.Module) -> list[nn.Parameter]:
 DIVERGED = "training diverged; the last state is whole: try a smaller --lr", FloatingPointError
 
 
-def plain_weights(net: nn.Module) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Returns a network's tensors under the checkpoint's names, with adapters merged (W + B A), and
-    the adapters in the layout of diffusers' LoRA files. If processes share the network, the first
-    gets all tensors, and the others get none."""
+def save_student(net: nn.Module, teacher: Teacher | None, folder: str | Path) -> None:
+    """Writes a student in the diffusers layout, each file whole or not at all. Adapters are merged
+    (W + B A), and also written in the form that diffusers' load_lora_weights reads. All processes
+    that share the network must call it; the first gets all tensors and writes them. The dtype is
+    the teacher's (the network's if teacher is None). Raises FloatingPointError, and writes nothing,
+    if a weight is not finite."""
+    from safetensors.torch import save_file
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
-    sharded = rank_and_world()[1] > 1
-    options = StateDictOptions(full_state_dict=sharded, cpu_offload=sharded)
-    weights, adapters = get_model_state_dict(net, options=options), {}
-    for name, module in net.named_modules() if weights else ():
+    (rank, world), adapters = rank_and_world(), {}
+    weights = get_model_state_dict(net, options=StateDictOptions(full_state_dict=world > 1, cpu_offload=world > 1))
+    if rank > 0:
+        return
+    for name, module in net.named_modules():
         if isinstance(module, AdaptedLinear):
             A, B = (weights.pop(f"{name}.lora_{x}.weight") for x in "AB")
             adapters |= {f"transformer.{name}.lora_A.weight": A, f"transformer.{name}.lora_B.weight": B}
             W = weights[f"{name}.weight"]
             weights[f"{name}.weight"] = (widen(W) + widen(B) @ widen(A)).to("cpu", W.dtype)
-    return weights, adapters
-
-
-def save_student(net: nn.Module, teacher: Teacher | None, folder: str | Path) -> None:
-    """Writes a student in the diffusers layout, each file whole or not at all. Adapters are merged,
-    and also written in the form that diffusers' load_lora_weights reads. All processes that share
-    the network must call it. The dtype is the teacher's (the network's if teacher is None). Raises
-    FloatingPointError, and writes nothing, if a weight is not finite."""
-    from safetensors.torch import save_file
-
-    weights, adapters = plain_weights(net)
-    if rank_and_world()[0] > 0:
-        return
     for key, x in (weights | adapters).items():
         check_finite(x, f"the student's {key}", *DIVERGED)
     folder, dtype = Path(folder), teacher.dtype if teacher else None
@@ -2006,14 +1951,6 @@ def recompute_blocks(net: nn.Module) -> None:
             return checkpoint(original, *inputs, use_reentrant=False, preserve_rng_state=False)
 
         block.forward = forward
-
-
-def compile_blocks(net: nn.Module) -> None:
-    """Applies torch.compile block by block, so that blocks of one shape share kernels."""
-    # Gradients of inputs and weights, on or off, and two batch sizes: each case recompiles.
-    torch._dynamo.config.recompile_limit = 64
-    for block in blocks_of(net):
-        block.compile()
 
 
 # Many processes: torchrun starts them, and FSDP2 shards the networks among them
@@ -2068,6 +2005,8 @@ def three_networks(
         teacher.dit, *nets = (shard(net, device.type, teacher.dtype) for net in (teacher.dit, *nets))
     elif not lora:
         nets = [copy.deepcopy(net) if net is teacher.dit else net for net in nets]
+    if compiled:  # gradients of inputs and weights, on or off, and two batch sizes: each case recompiles
+        torch._dynamo.config.recompile_limit = 64
     recompute = recompute and device.type == "cuda"
     if recompute:  # else cuDNN's attention makes an illegal memory access (H200, torch 2.11)
         torch.backends.cuda.enable_cudnn_sdp(False)
@@ -2076,8 +2015,8 @@ def three_networks(
     for net in (teacher.dit, *nets):
         if recompute:
             recompute_blocks(net)
-        if compiled:
-            compile_blocks(net)
+        for block in blocks_of(net) if compiled else ():  # so that blocks of one shape share kernels
+            block.compile()
     student, fake = nets
     student.guidance = student.student_guidance
     return student, fake
@@ -2105,55 +2044,49 @@ def state_of(net: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tens
     return tensors
 
 
-def check_origin(origin: dict[str, int], former: dict[str, int]) -> None:
-    """Compares a run's networks with those at its start, by fingerprint. Raises BadInput."""
-    for role, x in former.items():
-        if origin[role] != x:
-            raise BadInput(f"--resume: the {role} that the run began with had other weights: restore them")
-
-
-def save_state(folder: Path, iteration: int, nets: dict, optimizers: Iterable, rng: torch.Generator) -> None:
+def save_state(folder: Path, iteration: int, trained: dict, rng: torch.Generator, origin: dict) -> None:
     """Writes a new state beside the old one, which stays valid until the new one is whole. One
-    network at a time passes through host memory. All processes must call it. Raises
-    FloatingPointError if a number is not finite."""
+    network at a time passes through host memory. All processes must call it. trained: by role, a
+    network and its optimizer. origin: what the run stands on, which a resumed run must have too.
+    Raises FloatingPointError if a number is not finite."""
     from safetensors.torch import save_file
 
     rank, world = rank_and_world()
     new = folder / f"{iteration:07d}"
     new.mkdir(parents=True, exist_ok=True)
-    for (role, net), optimizer in zip(nets.items(), optimizers):
-        tensors = {key: x.cpu().contiguous() for key, x in state_of(net, optimizer).items()}
+    for role, of in trained.items():
+        tensors = {key: x.cpu().contiguous() for key, x in state_of(*of).items()}
         for key, x in tensors.items():
             check_finite(x, f"the {role}'s {key}", *DIVERGED)
         write(new / f"{rank}-{role}.safetensors", partial(save_file, tensors | {":random": rng.get_state()}))
     if world > 1:
         torch.distributed.barrier()
     if rank == 0:
-        write_json(folder / "state.json", {"iteration": iteration, "processes": world})
+        write_json(folder / "state.json", {"iteration": iteration} | origin)
         for old in folder.iterdir():
             if old.is_dir() and old != new:
                 shutil.rmtree(old, ignore_errors=True)
 
 
-def load_state(folder: Path, nets: dict[str, nn.Module], optimizers: Iterable, rng: torch.Generator) -> None:
+def load_state(folder: Path, trained: dict, rng: torch.Generator, origin: dict) -> None:
     """Copies a saved state into the networks, their optimizers and rng. Raises BadInput for a state
-    of other networks or another number of processes, and for one that can't be read."""
-    notes, (rank, world) = read_json(folder / "state.json"), rank_and_world()
-    if notes.get("processes") != world:
-        raise BadInput(f"--resume: the run had {notes.get('processes')} processes, this one has {world}: start as many")
-    for (role, net), optimizer in zip(nets.items(), optimizers):
-        file = folder / f"{notes['iteration']:07d}" / f"{rank}-{role}.safetensors"
-        saved, present = read_tensors(file), state_of(net, optimizer) | {":random": rng.get_state()}
-        if {key: x.shape for key, x in saved.items()} != {key: x.shape for key, x in present.items()}:
-            raise BadInput(
-                f"--resume: {file} is of another network or device: give the --lora, --dtype, --device it had"
-            )
-        for key, x in present.items():
-            x.copy_(saved[key])
-        rng.set_state(saved[":random"])
+    of another origin, and for one that can't be read."""
+    from safetensors.torch import load_file
+
+    notes = read_json(folder / "state.json")
+    for what, x in origin.items():
+        if notes.get(what) != x:
+            raise BadInput(f"--resume: the run had another {what} ({notes.get(what)}, not {x}): restore it")
+    for role, of in trained.items():
+        file = folder / f"{notes['iteration']:07d}" / f"{rank_and_world()[0]}-{role}.safetensors"
+        with reading(file):
+            saved = load_file(file)
+            for key, x in state_of(*of).items():
+                x.copy_(saved[key])
+            rng.set_state(saved[":random"])
 
 
-def move(where: str, nets: Iterable[nn.Module], optimizers: Iterable[torch.optim.Optimizer]) -> None:
+def move(nets: Iterable[nn.Module], optimizers: Iterable[torch.optim.Optimizer], where: str | torch.device) -> None:
     """Moves networks, and their optimizers' state, to the CPU or to a device."""
     for net in nets:
         net.to(where)
@@ -2177,13 +2110,6 @@ def training_memory(teacher: Teacher, lora: int | None, accumulate: int = 1, oth
         # of one network at a time; FSDP2 keeps them whole until the last part of a batch
         "gradients": trained * (low / world if accumulate == 1 else 4),
     }
-
-
-def device_memory(device: str) -> float:
-    """Returns the bytes of the GPU's or else the machine's memory; infinity if unknown."""
-    if device == "cuda":
-        return float(torch.cuda.mem_get_info()[1])
-    return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")) if hasattr(os, "sysconf") else math.inf
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -2215,13 +2141,9 @@ class CLIP:
 
     def __init__(self, name_or_folder: str | Path, device: str = "cpu"):
         self.name = name_or_folder
-        try:
-            folder = resolve(name_or_folder, CLIP_MODEL)
-            self.net = pretrained_network("AutoModel", folder).to(device)
-            self.processor = from_pretrained("AutoImageProcessor", folder)
-            self.tokenizer = from_pretrained("AutoTokenizer", folder)
-        except BadInput as error:
-            raise BadInput(f"{error}, or give --clip the folder of a CLIP model") from None
+        self.net = pretrained_network("AutoModel", name_or_folder).to(device)
+        self.processor = from_pretrained("AutoImageProcessor", name_or_folder)
+        self.tokenizer = from_pretrained("AutoTokenizer", name_or_folder)
 
     @torch.no_grad()
     def embed(self, pictures: Sequence | None = None, prompts: list[str] | None = None) -> Tensor:
@@ -2235,51 +2157,36 @@ class CLIP:
         return F.normalize(check_finite(x, self.name), dim=-1).cpu()
 
 
-def mmd(x: Tensor, y: Tensor, paired: bool = False, sigma: float = 10.0) -> tuple[float, float]:
+def mmd(x: Tensor, y: Tensor, sigma: float = 10.0) -> tuple[float, float]:
     """Returns the squared maximum mean discrepancy E k(x, x') + E k(y, y') - 2 E k(x, y) and its
     standard error, where k(x, y) = exp(-|x - y|^2 / (2 sigma^2)). The estimate is unbiased, so it
     may be negative. The error is the jackknife's, which leaves out each prompt in turn.
 
-    x: [P, S, d] and y: [Q, T, d] come from P and Q independent prompts, 3 or more. A pair of
-    samples counts if their prompts differ. With paired=True, x[i] and y[i] share a prompt."""
+    x: [P, S, d] and y: [P, T, d]: x[i] and y[i] share prompt i, of P >= 3 independent ones. A pair
+    of samples counts if their prompts differ."""
 
     def kernel(a: Tensor, b: Tensor) -> Tensor:  # averages over the seeds of both prompts
         b, exact = b.double(), "donot_use_mm_for_euclid_dist"
-        rows = (torch.cdist(row.double(), b, compute_mode=exact) for row in a)  # [Q, S, T] each
+        rows = (torch.cdist(row.double(), b, compute_mode=exact) for row in a)  # [P, S, T] each
         return torch.stack([(-row.square() / (2 * sigma**2)).exp().mean((1, 2)) for row in rows])
 
-    # Returns the mean over pairs of different prompts, also with each prompt left out.
-    def pairs(k: Tensor) -> tuple[Tensor, Tensor]:
-        n, k = len(k), k - k.diag().diag()
-        return k.sum() / (n * (n - 1)), (k.sum() - 2 * k.sum(1)) / ((n - 1) * (n - 2))
-
-    def variance(left_out: Tensor) -> Tensor:
-        return (len(left_out) - 1) * left_out.var(correction=0)
-
-    xx, yy, xy = kernel(x, x), kernel(y, y), kernel(x, y)
-    if paired:
-        value, left_out = pairs(xx + yy - xy - xy.T)
-        return value.item(), variance(left_out).sqrt().item()
-    (same_x, without_x), (same_y, without_y) = pairs(xx), pairs(yy)
-    without_x = without_x - 2 * (xy.sum() - xy.sum(1)) / (xy.numel() - xy.shape[1])
-    without_y = without_y - 2 * (xy.sum() - xy.sum(0)) / (xy.numel() - xy.shape[0])
-    return (same_x + same_y - 2 * xy.mean()).item(), (variance(without_x) + variance(without_y)).sqrt().item()
+    xy = kernel(x, y)
+    k = kernel(x, x) + kernel(y, y) - xy - xy.T
+    n, k = len(k), k - k.diag().diag()
+    left_out = (k.sum() - 2 * k.sum(1)) / ((n - 1) * (n - 2))
+    return (k.sum() / (n * (n - 1))).item(), ((n - 1) * left_out.var(correction=0)).sqrt().item()
 
 
-def scores(x: Tensor, texts: Tensor, reference: Tensor, paired: bool) -> dict[str, tuple[float, float]]:
-    """Returns scores of pictures x: [P, S, d], with errors. texts: [P, d], reference: [Q, T, d]
+def scores(x: Tensor, texts: Tensor, reference: Tensor) -> dict[str, tuple[float, float]]:
+    """Returns scores of pictures x: [P, S, d], with errors. texts: [P, d], reference: [P, T, d]
 
     clip       the cosine between a picture and its prompt
     cmmd       1000 MMD^2 to the reference with sigma = 10 (arXiv 2401.09603, there biased)
     diversity  the distance between two pictures of one prompt"""
-
-    def mean(values: Tensor) -> tuple[float, float]:
-        return values.mean().item(), (values.std() / len(values) ** 0.5).item()
-
     apart = torch.cdist(x, x, compute_mode="donot_use_mm_for_euclid_dist").sum((1, 2)) / (x.shape[1] * (x.shape[1] - 1))
-    value, error = mmd(x, reference, paired)
-    cosine = (x * texts[:, None]).sum(-1).mean(1)
-    return {"clip": mean(cosine), "cmmd": (1000 * value, 1000 * error), "diversity": mean(apart)}
+    per_prompt = {"clip": (x * texts[:, None]).sum(-1).mean(1), "diversity": apart}
+    means = {key: (y.mean().item(), (y.std() / len(y) ** 0.5).item()) for key, y in per_prompt.items()}
+    return means | {"cmmd": tuple(1000 * number for number in mmd(x, reference))}
 
 
 class Evaluation:
@@ -2287,29 +2194,21 @@ class Evaluation:
     of each prompt of this process, and seconds a picture. The seed and the prompt's place fix its
     noise, for any number of processes. All processes that share networks must call it.
 
-    cond: the prompts' conditions, in host memory. latent_shape: (C, h, w). reference: picture files
-    to compare with. If there are none, teacher_sampler makes them from other noise."""
+    prompts: those to choose from; if there are none, they are composed. pictures: their number,
+    SEEDS of a prompt. clip: a CLIP's folder or Hub id. Raises BadInput for too few prompts."""
 
-    def __init__(
-        self,
-        teacher: Teacher,
-        clip: CLIP,
-        prompts: list[str],
-        cond: dict,
-        latent_shape: tuple[int, int, int],
-        seed: int,
-        teacher_sampler: Callable,
-        reference: Sequence[Path] = (),
-    ):
-        self.teacher, self.clip, self.prompts, self.cond, self.seed = teacher, clip, prompts, cond, seed
-        self.template = torch.empty(SEEDS, *latent_shape, device=teacher.device)
-        self.texts, self.paired = clip.embed(prompts=prompts), not reference
-        if reference:
-            quiet = rank_and_world()[0] > 0
-            with tqdm(reference, desc="reference", unit=" images", leave=False, disable=quiet) as bar:
-                self.reference = torch.stack([clip.embed([read_pixels(file)]) for file in bar])
-        else:
-            self.reference, *_ = self.sample(teacher_sampler, seed + 1, "reference")
+    def __init__(self, teacher: Teacher, clip: str, prompts: list[str], pictures: int, seed: int):
+        count = -(-pictures // SEEDS)
+        self.prompts = [*dict.fromkeys(prompts)][:count] or [compose(f"evaluation {seed} {i}") for i in range(count)]
+        if len(self.prompts) < 3:
+            raise BadInput(f"an evaluation needs 3 prompts or more ({3 * SEEDS} pictures), not {len(self.prompts)}")
+        self.teacher, self.seed, self.clip = teacher, seed, CLIP(clip, teacher.device)
+        self.texts = self.clip.embed(prompts=self.prompts)
+
+    def start(self, cond: dict[str, Tensor], latent_shape: tuple[int, int, int], teacher_sampler: Callable) -> None:
+        """Samples the reference from the teacher, with other noise. cond: in host memory"""
+        self.cond, self.template = cond, torch.empty(SEEDS, *latent_shape, device=self.teacher.device)
+        self.reference, *_ = self.sample(teacher_sampler, self.seed + 1, "reference")
 
     def sample(self, sampler: Callable, seed: int, title: str) -> tuple[Tensor, list, float]:
         """Samples pictures by sampler(z, cond, rng=rng). Returns their embeddings [P, S, d], a
@@ -2337,98 +2236,52 @@ class Evaluation:
 
     def __call__(self, sampler: Callable, title: str) -> tuple[dict, list, float]:
         x, shown, seconds = self.sample(sampler, self.seed, title)
-        return scores(x, self.texts, self.reference, self.paired), shown, seconds
+        return scores(x, self.texts, self.reference), shown, seconds
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # 10. Inputs and figures: prompts and pictures, encoded a stretch of a run at a time
 # ----------------------------------------------------------------------------------------------------------------------
 
-GRAMMAR = {  # composes prompts if no file is given: {name} becomes one of that line's choices
-    "prompt": "{scene}|{scene}, {style}|{style} of {scene}|{thing} {place}, {light}|{lettering} {place}",
-    "scene": "{thing} {place}|{several} {place}|{thing} {relation} {thing}|{thing} and {several} {place}, {light}",
-    "thing": "a {quality} {object}|a {colour} {object}|a {colour} {object} made of {material}|a {quality} {colour} {object}",
-    "several": "two {colour} {object}s|three {object}s|four {quality} {object}s|a row of {colour} {object}s",
-    "lettering": 'a {colour} sign that says "{word} {word}"|a book called "{word}"|a {object} with the word "{word}" on it',
-    "relation": "next to|to the left of|on top of|under|behind|in front of",
-    "object": "cat|dog|robot|teapot|bicycle|lighthouse|owl|castle|violin|train|flower|astronaut|boat|chair|dragon|cake",
-    "quality": "small|huge|shiny|old|broken|cheerful|transparent|fluffy|rusty|elegant",
-    "colour": "red|blue|green|yellow|black|white|orange|purple|pink|golden",
-    "material": "glass|wood|wool|paper|marble|copper|ice|leaves",
-    "place": "in a forest|on a beach|in a busy street|on a kitchen table|under water|on the moon|in a library|in the snow",
-    "light": "at sunrise|at night under neon lights|in soft studio light|in heavy fog|by candlelight|at noon",
-    "style": "a watercolour|an oil painting|a 35mm photograph|a pencil drawing|a 3D rendering|a woodcut|a pixel-art picture",
-    "word": "OPEN|HELLO|NORTH|TEA|FLOW|DREAM|NOISE|TIME",
-}
 BATCH = 8  # an encoder takes this many prompts or images at a time
 STRETCH = 1024  # a stretch has at least this many prompts of each process, and 8 iterations
 
 
-def compose(key: str) -> str:
-    """Composes a prompt of objects, attributes, counts, places and styles. The key fixes it."""
-    rng, prompt = random.Random(key), "{prompt}"
-    while "{" in prompt:
-        prompt = re.sub(r"{(\w+)}", lambda match: rng.choice(GRAMMAR[match[1]].split("|")), prompt)
-    return re.sub(r"\b([Aa]) (?=[aeiou])", r"\1n ", prompt)
-
-
-def read_prompts(file: str | Path) -> list[str]:
-    """Returns the prompts of a file, one a line. Raises BadInput if there are none."""
-    prompts = [line.strip() for line in read_text(Path(file)).split("\n") if line.strip()]
-    if not prompts:
-        raise BadInput(f"{file} holds no prompt: it needs one a line")
-    return prompts
-
-
-def pictures_in(folder: Path) -> tuple[list[Path], dict[str, int]]:
-    """Returns the images in a folder and its subfolders, by name, of every kind that Pillow reads,
-    and the number of entries that are left out, by reason (text files are not counted)."""
+def read_captions(folder: Path) -> tuple[list[str], list[Path]]:
+    """Returns the captions of the images in a folder and its subfolders, of every kind that Pillow
+    reads, and the images. Captions are in metadata.jsonl (file_name, text) or else in .txt files of
+    the same names. Prints what is left out. Raises BadInput for a wrong index and if there are none."""
     from PIL import Image
 
     kinds = {end for end, kind in Image.registered_extensions().items() if kind in Image.OPEN}
-    files, unreadable, hidden = [], [], 0
+    files, unreadable, hidden, index = [], [], 0, folder / "metadata.jsonl"
     for where, folders, names in os.walk(folder, onerror=unreadable.append, followlinks=True):
         hidden += sum(name.startswith(".") for name in folders + names)
         folders[:] = [name for name in folders if not name.startswith(".")]
         files += [Path(where, name) for name in names if not name.startswith(".")]
     images = sorted(file for file in files if file.suffix.lower() in kinds)
     others = sum(file.suffix.lower() not in {*kinds, ".txt", ".jsonl"} for file in files)
-    return images, {"of other kinds": others, "hidden": hidden, "unreadable folders": len(unreadable)}
-
-
-def say_left_out(taken: str, out: dict[str, int]) -> None:
-    """Prints what is used, if something else is left out."""
-    left = ", ".join(f"{count:,} {why}" for why, count in out.items() if count)
-    if left and rank_and_world()[0] == 0:
-        print(f"{taken}; left out: {left}", file=sys.stderr)
-
-
-def read_captions(folder: Path) -> list[tuple[Path, str]]:
-    """Returns a folder's images with their captions, from metadata.jsonl (file_name, text) or else
-    from .txt files of the same names. Prints what is left out. Raises BadInput."""
-    (images, out), index = pictures_in(folder), folder / "metadata.jsonl"
-    texts = [(image, image.with_suffix(".txt")) for image in images if not index.exists()]
-    pairs = [(image, read_text(text).strip()) for image, text in texts if text.exists()]
-    for number, line in enumerate(read_text(index).split("\n") if index.exists() else [], 1):
-        try:
-            entry = json.loads(line or "null")
-            pairs += [(folder / entry["file_name"], entry["text"].strip())] if entry else []
-        except (ValueError, KeyError, TypeError, AttributeError):
-            raise BadInput(f'{index}, line {number}: needs {{"file_name": ..., "text": ...}}') from None
-    named = {image for image, _ in pairs}
-    for image in named:
-        if not image.exists():
-            raise BadInput(f"{image}, which {index} names, is missing")
+    if index.exists():
+        pairs = []
+        for number, line in enumerate(read_text(index).split("\n"), 1):
+            try:
+                entry = json.loads(line or "null")
+                pairs += [(folder / entry["file_name"], entry["text"].strip())] if entry else []
+            except (ValueError, KeyError, TypeError, AttributeError):
+                raise BadInput(f'{index}, line {number}: needs {{"file_name": ..., "text": ...}}') from None
+    else:
+        texts = ((image, image.with_suffix(".txt")) for image in images)
+        pairs = [(image, read_text(text).strip()) for image, text in texts if text.exists()]
+    for image in (image for image, _ in pairs if not image.exists()):
+        raise BadInput(f"{image}, which {index} names, is missing")
     if not pairs:
         raise BadInput(f"--data {folder} is no folder of images with captions")
-    say_left_out(f"{folder}: {len(pairs):,} images with captions", {"without": len({*images} - named)} | out)
-    return pairs
-
-
-def read_inputs(prompts: str | None, data: str | None) -> tuple[list[str], list[Path]]:
-    """Returns a file's prompts, or a folder's captions and images, or neither. Raises BadInput."""
-    pairs = read_captions(Path(data)) if data else []
-    return read_prompts(prompts) if prompts else [text for _, text in pairs], [image for image, _ in pairs]
+    without = len({*images} - {image for image, _ in pairs})
+    left_out = {"without": without, "of other kinds": others, "hidden": hidden, "unreadable folders": len(unreadable)}
+    left = ", ".join(f"{count:,} {why}" for why, count in left_out.items() if count)
+    if left and rank_and_world()[0] == 0:
+        print(f"{folder}: {len(pairs):,} images with captions; left out: {left}", file=sys.stderr)
+    return [text for _, text in pairs], [image for image, _ in pairs]
 
 
 @lru_cache(maxsize=4)
@@ -2437,82 +2290,67 @@ def epoch_order(total: int, seed: str, epoch: int) -> list[int]:
     return random.Random(f"{seed} {epoch}").sample(range(total), total)
 
 
-def encode(items: Sequence, encoder: Callable[[Sequence], dict[str, Tensor]]) -> dict[str, Tensor]:
-    """Applies `encoder` to BATCH items at a time. Returns one row per item, in host memory."""
+def encode(items: Sequence, encoder: Callable, device: str | torch.device = "cpu") -> dict[str, Tensor]:
+    """Applies `encoder` to BATCH items at a time. Returns one row per item, on `device`."""
     rows, title = [], {"desc": "encoding", "leave": False, "delay": 1}
     with tqdm(total=len(items), disable=rank_and_world()[0] > 0, **title) as bar:
         for some in (items[i : i + BATCH] for i in range(0, len(items), BATCH)):
-            rows.append({key: x.cpu() for key, x in encoder(some).items()})
+            rows.append({key: x.to(device) for key, x in encoder(some).items()})
             bar.update(len(some))
     return {key: torch.cat([row[key] for row in rows]) for key in (rows[0] if rows else ())}
 
 
-def text_encoder(teacher: Teacher, tokens: int | None) -> Callable[[list[str]], dict[str, Tensor]]:
-    """Returns the function that encodes prompts to cond with this number of tokens."""
-    return lambda prompts: teacher.encode_prompts(prompts, tokens)
-
-
-def encode_images(teacher: Teacher, resolution: int, files: Sequence[Path]) -> dict[str, Tensor]:
+def encode_images(teacher: Teacher, files: Sequence[Path]) -> dict[str, Tensor]:
     """Returns the mean and the standard deviation of the latents of images, cropped to squares."""
-    pixels = torch.stack([torch.from_numpy(read_pixels(file, resolution)) for file in files])
+    pixels = torch.stack([torch.from_numpy(read_pixels(file, teacher.resolution)) for file in files])
     return dict(zip(("mean", "deviation"), teacher.posterior(pixels.permute(0, 3, 1, 2) / 127.5 - 1)))
 
 
+@dataclass
 class Inputs:
     """Makes the batches of a run. Prompts and images are encoded into host memory, for a stretch of
     iterations at a time. Each process encodes the items that it uses. If all items fit into one
-    stretch, each process encodes them all, once.
+    stretch, each process encodes them all, once. Each update takes new prompts, and each update of
+    the fake network new images."""
 
-    prompts: all prompts. If there are none, the grammar composes one for every sample of the run.
-    images: the files that the prompts are captions of, or none. batch, accumulate and fake_updates
-    are the loop's: each update takes new prompts, and a fake update also takes new images."""
+    teacher: Teacher
+    prompts: list[str]  # if there are none, the grammar composes one for every sample of the run
+    images: list[Path]  # the files that the prompts are captions of, or none
+    batch: int
+    accumulate: int
+    fake_updates: int
+    iters: int
+    seed: int
 
-    def __init__(
-        self,
-        teacher: Teacher,
-        prompts: list,
-        images: list,
-        batch: int,
-        accumulate: int,
-        seed: int,
-        fake_updates: int = 1,
-    ):
-        self.teacher, self.prompts, self.images, self.batch, self.seed = teacher, prompts, images, batch, seed
-        self.fake_parts, self.all_parts = fake_updates * accumulate, (fake_updates + 1) * accumulate
-        self.length, self.stretch = max(8, -(-STRETCH // (batch * self.all_parts))), -1  # in iterations
-        self.once = 0 < len(prompts) <= self.length * batch * self.all_parts
+    def __post_init__(self):
+        self.fake_parts, self.all_parts = self.fake_updates * self.accumulate, (self.fake_updates + 1) * self.accumulate
+        self.length = max(8, -(-STRETCH // (self.batch * self.all_parts)))  # of a stretch, in iterations
+        self.once = 0 < len(self.prompts) <= self.length * self.batch * self.all_parts
 
-    def take(self, first: int, count: int, order: str = "") -> list[list[int]]:
-        """Returns this process's share of the run's batches first, first + 1, ...: indices of
-        prompts, each once an epoch. If prompts are composed, item n is the run's n-th sample."""
+    def parts(self, iteration: int, images: bool = False) -> list[list[int]]:
+        """Returns this process's share of an iteration's prompts: the fake network's batches, then
+        the generator's. With images=True, returns the images of the fake network's batches. Each
+        item comes once an epoch. If prompts are composed, item n is the run's n-th sample."""
         (rank, world), total = rank_and_world(), len(self.prompts)
-        places = [((first + i) * world + rank) * self.batch for i in range(count)]
-        parts = [range(place, place + self.batch) for place in places]
-        if not total:
-            return [[*part] for part in parts]
-        return [[epoch_order(total, f"{self.seed}{order}", n // total)[n % total] for n in part] for part in parts]
+        count, order = (self.fake_parts, f"{self.seed} images") if images else (self.all_parts, f"{self.seed}")
+        starts = ((i * world + rank) * self.batch for i in range(iteration * count, (iteration + 1) * count))
+        parts = [[*range(start, start + self.batch)] for start in starts]
+        return [[epoch_order(total, order, n // total)[n % total] for n in part] for part in parts] if total else parts
 
-    def parts(self, iteration: int) -> list[list[int]]:
-        """Returns the prompts of an iteration: the fake network's batches, then the generator's."""
-        return self.take(iteration * self.all_parts, self.all_parts)
-
-    def real_parts(self, iteration: int) -> list[list[int]]:
-        """Returns an iteration's images, with their captions, for the fake network's batches."""
-        return self.take(iteration * self.fake_parts, self.fake_parts, " images") if self.images else []
-
-    def prepare(self, iteration: int, iters: int, tokens: int | None, resolution: int) -> None:
+    def prepare(self, iteration: int) -> None:
         """Encodes the stretch that contains `iteration`, and frees the text encoders."""
         self.stretch = iteration // self.length
-        stretch = range(self.stretch * self.length, min((self.stretch + 1) * self.length, iters))
-        texts, images = ([i for n in stretch for part in f(n) for i in part] for f in (self.parts, self.real_parts))
+        stretch = range(self.stretch * self.length, min((self.stretch + 1) * self.length, self.iters))
+        texts = [i for n in stretch for part in self.parts(n) for i in part]
+        images = [i for n in stretch for part in self.parts(n, images=True) for i in part] if self.images else []
         if self.once:
             texts, images = range(len(self.prompts)), range(len(self.images))
         texts, images = [*dict.fromkeys([*texts, *images])], [*dict.fromkeys(images)]
         self.cond = self.latents = {}
         prompts = [self.prompts[i] if self.prompts else compose(f"{self.seed} {i}") for i in texts]
-        cond = encode(prompts, text_encoder(self.teacher, tokens))
+        cond = encode(prompts, self.teacher.encode_prompts)
         self.teacher.forget_text()
-        latents = encode([self.images[i] for i in images], partial(encode_images, self.teacher, resolution))
+        latents = encode([self.images[i] for i in images], partial(encode_images, self.teacher))
         self.cond = {item: {key: x[row] for key, x in cond.items()} for row, item in enumerate(texts)}
         self.latents = {item: {key: x[row] for key, x in latents.items()} for row, item in enumerate(images)}
         size = sum(x.nbytes for x in (*cond.values(), *latents.values()))
@@ -2527,17 +2365,19 @@ class Inputs:
             rows = {key: x.pin_memory() for key, x in rows.items()}
         return {key: x.to(device, non_blocking=device.type == "cuda") for key, x in rows.items()}
 
-    def batches(self, start: int, next_stretch: Callable[[int], None]) -> Iterator[tuple[dict, tuple | None]]:
-        """Yields (cond, real) on the device, from iteration `start` on. With images, real is (x_0,
-        its own cond), where x_0 is sampled from the autoencoder's posterior. For the generator's
-        batches real is None. next_stretch(iteration) must call prepare."""
+    def batches(self, start: int, move: Callable[[str], None]) -> Iterator[tuple[dict, tuple | None]]:
+        """Yields (cond, real) on the device, from iteration `start` on, which is prepared. With
+        images, real is (x_0, its own cond), where x_0 is sampled from the autoencoder's posterior.
+        For the generator's batches real is None. move("cpu") makes room for the text encoders."""
         rng = SharedGenerator(self.teacher.device)
-        rng.rank, rng.world = rank_and_world()
         for iteration in itertools.count(start):
             if iteration // self.length != self.stretch and not self.once:
-                next_stretch(iteration)
+                move("cpu")
+                self.prepare(iteration)
+                move(self.teacher.device)
             rng.manual_seed(random.Random(f"{self.seed} posterior {iteration}").getrandbits(62))
-            for part, real in itertools.zip_longest(self.parts(iteration), self.real_parts(iteration)):
+            pictures = self.parts(iteration, images=True) if self.images else []
+            for part, real in itertools.zip_longest(self.parts(iteration), pictures):
                 if real is not None:
                     latents = self.pick(self.latents, real)
                     x_0 = latents["mean"] + latents["deviation"] * noise_like(latents["mean"], rng)
@@ -2663,8 +2503,7 @@ def check_numbers(args: argparse.Namespace) -> None:
     """Raises BadInput for numbers that are not finite, learning rates that are not above 0, and
     counts below 1 (a seed may be 0)."""
     for name, value in vars(args).items():
-        least = 0 if name == "seed" else 1
-        flag, rate = "--" + name.replace("_", "-"), name in ("lr", "fake_lr")
+        flag, rate, least = "--" + name.replace("_", "-"), name in ("lr", "fake_lr"), 0 if name == "seed" else 1
         for x in value if isinstance(value, list) else [value]:
             if type(x) is float and not (math.isfinite(x) and (x > 0 or not rate)):
                 raise BadInput(f"{flag} {x}: needs a finite number{', above 0' * rate}")
@@ -2719,21 +2558,18 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
     group = parser.add_argument_group("sampling and evaluation")
     only, add = group.add_mutually_exclusive_group().add_argument, group.add_argument
-    path = partial(add, type=os.path.expanduser)
-    only(
-        "--sample", action="append", metavar="PROMPT", help="sample this; repeat for more; @FILE: its lines, into --out"
-    )
+    only("--sample", action="append", metavar="PROMPT", help="repeat for more; @FILE: its lines, into the folder --out")
     only("--evaluate", action="store_true", help="a table: the teacher's own sampler, --student at 1, 2 and 4 steps")
-    path("--reference", metavar="FOLDER", help="pictures to compare with (the teacher's own samples)")
     add("--num", type=int, help=f"pictures, {SEEDS} of a prompt (500; with --evaluate-every 64)")
+    path = partial(add, type=os.path.expanduser)
     path("--clip", default="openai/clip-vit-large-patch14", metavar="NAME", help="a folder or Hub id (%(default)s)")
 
     args = parser.parse_args(argv)
-    numbered = args.sample and any(x.startswith("@") for x in args.sample)
     if not args.out:
-        kind = "-samples" if numbered else "-evaluation" if args.evaluate else "-data" if args.data else ""
+        from_file = any(x.startswith("@") for x in args.sample or ())
+        kind = "-samples" if from_file else "-evaluation" if args.evaluate else "-data" if args.data else ""
         folder = f"runs/{Path(args.teacher).resolve().name}{kind}"
-        args.out = "sample.png" if args.sample and not numbered else folder
+        args.out = "sample.png" if args.sample and not from_file else folder
     if args.resume and (Path(args.out) / "args.json").is_file():
         former = read_json(Path(args.out) / "args.json") | {"out": args.out}
         args = parser.parse_args(argv, argparse.Namespace(**former))
@@ -2761,14 +2597,13 @@ def settle(args: argparse.Namespace) -> tuple[argparse.Namespace, Teacher, nn.Mo
     text = args.instruction  # look for SANA's text now, before a run begins
     text = teacher.instruction if not text else "" if text == "none" else read_text(Path(text)).removesuffix("\n")
     teacher.instruction = text
-    embeds = teacher.dit.config.get("guidance_embeds")
+    teacher.tokens, embeds = args.tokens, teacher.dit.config.get("guidance_embeds")
     if args.embedded_guidance is not None:
         if not embeds:
             raise BadInput(f"--embedded-guidance: {teacher.name} has no guidance embedding: give --guidance")
         teacher.dit.guidance = args.embedded_guidance
     student = load_student(args.student, teacher, mapped=True) if args.student else None
-    guidance = args.guidance if isinstance(args.guidance, list) else [args.guidance]
-    guidance = [1.0 if embeds or teacher.family == "flux" else 4.5] if guidance == [None] else guidance
+    guidance = args.guidance or [1.0 if embeds or teacher.family == "flux" else 4.5]
     if len(guidance) not in (1, 3):
         raise BadInput("--guidance: one number, or three")
     size = (student or teacher.dit).config.get("sample_size")
@@ -2778,20 +2613,24 @@ def settle(args: argparse.Namespace) -> tuple[argparse.Namespace, Teacher, nn.Mo
         "dtype": dtype,
         "steps": args.steps or (4 if args.student or not args.sample else teacher.steps),
         "resolution": args.resolution or (teacher.vae.downscale * size if size else teacher.resolution),
-        "guidance": guidance[0] if len(guidance) == 1 else guidance,
-        "teacher_guidance": guidance[-1],
+        "guidance": guidance if len(guidance) == 3 else guidance * 3,
         "lr": (5e-6 if teacher.family == "sana" else 1e-6) * (10 if args.lora else 1) if args.lr is None else args.lr,
         "num": args.num or (500 if args.evaluate else 64),
         # the authors' waiting times or, for shorter runs, a tenth and a fifth of all images
         "warmup": getattr(args, "warmup", (min(20_000, images // 10), min(40_000, images // 5))),
     }
-    teacher.latent_shape(decided["resolution"])
+    teacher.resolution = decided["resolution"]
+    teacher.latent_shape(teacher.resolution)
     return argparse.Namespace(**(vars(args) | decided)), teacher, student
 
 
 def say_memory(teacher: Teacher, parts: dict[str, float]) -> None:
     """Prints the memory that a run takes, by part. Raises BadInput if the device has less."""
-    needed, have = sum(parts.values()), device_memory(teacher.device.type)
+    needed, have = sum(parts.values()), math.inf
+    if teacher.device.type == "cuda":
+        have = torch.cuda.mem_get_info()[1]
+    elif hasattr(os, "sysconf"):  # else unknown
+        have = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     listed = ", ".join(f"{name} {size / 1e9:.1f}" for name, size in parts.items())
     line = f"{teacher.name} takes {needed / 1e9:.1f} GB of memory ({listed}), besides activations, text encoders and "
     line += f"autoencoder; {teacher.device.type} has {have / 1e9:.1f} GB"
@@ -2803,29 +2642,27 @@ def say_memory(teacher: Teacher, parts: dict[str, float]) -> None:
 
 
 def sample(args: argparse.Namespace, teacher: Teacher, student: nn.Module | None) -> None:
-    """Runs --sample: pictures of prompts, by the teacher's own sampler or by a student. Pictures of
-    a file's lines, @FILE, are numbered in a folder. Prompts are encoded a stretch at a time."""
+    """Runs --sample: pictures of prompts, by the teacher's own sampler or by a student. If --out is
+    a .png, there is one for each prompt, and a grid. Else it is a folder of numbered pictures.
+    Prompts are encoded a stretch at a time."""
     from PIL import Image
 
     if rank_and_world()[0] > 0:  # only the first process samples
         return
-    device, out, numbered = teacher.device, Path(args.out), any(x.startswith("@") for x in args.sample)
+    device, out = teacher.device, Path(args.out)
     lines = [read_prompts(os.path.expanduser(x[1:])) if x.startswith("@") else [x] for x in args.sample]
-    prompts = [*itertools.chain(*lines)]
-    out = out if numbered or out.suffix or out.is_dir() else out.with_suffix(".png")
-    if numbered and (out.is_file() or out.suffix.lower() == ".png"):
-        raise BadInput(f"--out {out}: with --sample @FILE it is a folder")
-    if not numbered and (out.is_dir() or out.suffix.lower() != ".png"):
-        raise BadInput(f"--out {out}: with --sample it is the name of a picture, a .png")
-    (out if numbered else out.parent).mkdir(parents=True, exist_ok=True)
+    prompts, in_folder = [*itertools.chain(*lines)], out.suffix.lower() != ".png"
+    if out.suffix.lower() in Image.registered_extensions() and (in_folder or out.is_dir()):
+        raise BadInput(f"--out {out}: give the name of a .png, or of a folder")
+    (out if in_folder else out.parent).mkdir(parents=True, exist_ok=True)
     net = student or teacher.dit
     say_memory(teacher, {"weights": sum(w.numel() for w in net.parameters()) * teacher.dtype.itemsize})
-    sampler, encoder = partial(generate, net, steps=args.steps, noise=args.noise), text_encoder(teacher, args.tokens)
+    sampler = partial(generate, net, steps=args.steps, noise=args.noise)
     if not student:
         if teacher.scheduler["_class_name"] == DPM:
             print(f"{teacher.name}'s DPM-Solver++ is taken as Euler's method on shifted times", file=sys.stderr)
-        uncond = {key: x.to(device) for key, x in encoder([""]).items()}
-        sampler = partial(teacher.sample, uncond=uncond, steps=args.steps, guidance=args.teacher_guidance)
+        uncond = encode([""], teacher.encode_prompts, device)
+        sampler = partial(teacher.sample, uncond=uncond, steps=args.steps, guidance=args.guidance[-1])
     elif teacher.family == "sana":
         how = "after" if teacher.instruction else "without"
         print(f"prompts go in {how} the instruction; the authors' students' own pipeline has none", file=sys.stderr)
@@ -2837,50 +2674,34 @@ def sample(args: argparse.Namespace, teacher: Teacher, student: nn.Module | None
             if i % STRETCH == 0:
                 if i:  # make room for the text encoders
                     net.to("cpu")
-                cond = encode(prompts[i : i + STRETCH], encoder)
+                cond = encode(prompts[i : i + STRETCH], teacher.encode_prompts)
                 teacher.forget_text()
                 to_device(net, device, teacher.dtype)
             one = {key: x[[i % STRETCH]].to(device) for key, x in cond.items()}
             pixels = sample_pixels(teacher, sampler, noise_like(template, rng), one, args.seed + 1)[0]
-            file = out / f"{i + 1:05d}.png" if numbered else out.with_stem(f"{out.stem}-{i + 1}")
-            file = out if len(prompts) == 1 and not numbered else file
+            file = out if len(prompts) == 1 else out.with_stem(f"{out.stem}-{i + 1}")
+            file = out / f"{i + 1:05d}.png" if in_folder else file
             write(file, partial(Image.fromarray(pixels).save, format="PNG"))
             print(file)
-            pictures += [] if numbered else [pixels]
-    if len(pictures) > 1:
-        plot_images(out, {f"{'student' if args.student else 'teacher'}, {args.steps} steps": pictures}, prompts)
+            pictures += [pixels] if len(pictures) < 8 else []
+    if len(pictures) > 1 and not in_folder:
+        plot_images(out, {f"{'student' if args.student else 'teacher'}, {args.steps} steps": pictures}, prompts[:8])
         print(out)
-
-
-def evaluation_inputs(
-    clip: str, device: torch.device, prompts: list[str], pictures: int, reference: str | None, seed: int
-) -> tuple[CLIP, list[str], list[Path]]:
-    """Returns CLIP, the prompts (given or composed) and the reference's files. Raises BadInput."""
-    count, (files, out) = -(-pictures // SEEDS), pictures_in(Path(reference)) if reference else ([], {})
-    say_left_out(f"{reference}: {len(files):,} images", out)
-    chosen = [*dict.fromkeys(prompts)][:count] or [compose(f"evaluation {seed} {i}") for i in range(count)]
-    if len(chosen) < 3:
-        raise BadInput(f"an evaluation needs 3 prompts or more ({3 * SEEDS} pictures), not {len(chosen)}")
-    if reference and len(files) < 3:
-        raise BadInput(f"--reference {reference} is no folder of 3 images or more (png, jpg, webp)")
-    return CLIP(clip, device), chosen, files
 
 
 def evaluate(args: argparse.Namespace, teacher: Teacher, student: nn.Module) -> None:
     """Runs --evaluate: measures the teacher's own sampler, and a student at 1, 2 and 4 steps."""
-    out, (given, _) = Path(args.out), read_inputs(args.prompts, args.data)
-    inputs = args.clip, teacher.device, given, args.num, args.reference, args.seed
-    clip, prompts, reference = evaluation_inputs(*inputs)
+    given = read_prompts(args.prompts) if args.prompts else read_captions(Path(args.data))[0] if args.data else []
+    out, evaluation = Path(args.out), Evaluation(teacher, args.clip, given, args.num, args.seed)
+    prompts = evaluation.prompts
     say_memory(teacher, {"weights": 2 * sum(w.numel() for w in student.parameters()) * teacher.dtype.itemsize})
     out.mkdir(parents=True, exist_ok=True)
-    uncond, cond = (encode(some, text_encoder(teacher, args.tokens)) for some in ([""], prompts))
-    uncond = {key: x.to(teacher.device) for key, x in uncond.items()}
+    uncond, cond = encode([""], teacher.encode_prompts, teacher.device), encode(prompts, teacher.encode_prompts)
     teacher.forget_text()
     for net in (teacher.dit, student):
         to_device(net, teacher.device, teacher.dtype)
-    latent_shape = teacher.latent_shape(args.resolution)
-    teacher_sampler = partial(teacher.sample, uncond=uncond, guidance=args.teacher_guidance)
-    evaluation = Evaluation(teacher, clip, prompts, cond, latent_shape, args.seed, teacher_sampler, reference)
+    teacher_sampler = partial(teacher.sample, uncond=uncond, guidance=args.guidance[-1])
+    evaluation.start(cond, teacher.latent_shape(args.resolution), teacher_sampler)
     samplers = {("teacher", teacher.steps): teacher_sampler}
     for n in sorted({1, 2, 4, args.steps}):
         samplers["student", n] = partial(generate, student, steps=n, noise=args.noise)
@@ -2892,8 +2713,9 @@ def evaluate(args: argparse.Namespace, teacher: Teacher, student: nn.Module) -> 
         pictures[title] = shown[:4]
     if rank > 0:
         return
-    other = f"pictures of {args.reference}" if reference else "the teacher's own samples from other noise"
-    print(f"{SEEDS * len(prompts)} pictures a row, {SEEDS} of a prompt; reference: {other}. +-: standard errors")
+    print(
+        f"{SEEDS * len(prompts)} pictures a row, {SEEDS} of a prompt; CMMD is to the teacher's from other noise; +-: errors"
+    )
     print(f"{'':8}  steps {'CLIP score':>17} {'CMMD':>17} {'diversity':>17}  s / picture")
     for row in rows:
         line = "".join(f" {row[key][0]:>8.4f} +-{row[key][1]:6.4f}" for key in MEASURES)
@@ -2916,12 +2738,12 @@ class Log:
         if rank_and_world()[0] == 0:
             write(file, lambda part: part.write_text("".join(line + "\n" for line in lines), encoding="utf-8"))
 
-    def add(self, measured: dict, read: bool) -> bool:
+    def add(self, measured: dict, read: bool) -> str:
         """Adds an iteration. If `read`, or after ten of them, reads the waiting ones as means over
-        the processes and returns True. Numbers that are not finite become None."""
+        the processes, and returns a summary for the progress bar. What is not finite becomes None."""
         self.waiting.append(measured)
         if not read and len(self.waiting) < 10:
-            return False
+            return ""
         names, (rank, world) = [name for name, x in measured.items() if isinstance(x, Tensor)], rank_and_world()
         values = torch.stack([torch.stack([row[name].float() for name in names]) for row in self.waiting])
         if world > 1:
@@ -2932,43 +2754,30 @@ class Log:
             with open(self.file, "a", encoding="utf-8") as file:
                 file.writelines(json.dumps(row) + "\n" for row in self.rows[-len(self.waiting) :])
         self.waiting = []
-        return True
-
-    def cmmds(self) -> list[float]:
-        """Returns every CMMD measured so far."""
-        return [row["scores"]["cmmd"][0] for row in self.rows if "scores" in row]
-
-    def summary(self) -> str:
-        """Returns the numbers that the progress bar shows, as text."""
         recent = [row["fisher"] for row in self.rows[-10:] if row["fisher"] is not None]
-        parts = [f"Fisher estimate {sum(recent) / len(recent):.3g}" if recent else "no finite Fisher estimate"]
-        parts += [f"CMMD {x:.3g}" for x in self.cmmds()[-1:]]
         skipped = sum(bool(row["skipped"]) for row in self.rows)
-        return ", ".join([*parts, f"{skipped} skipped"] if skipped else parts)
+        number = f"{sum(recent) / len(recent):.3g}" if recent else "not finite"
+        return f"Fisher estimate {number}" + (f", {skipped} skipped" if skipped else "")
 
 
 @contextlib.contextmanager
 def signals() -> Iterator[list[int]]:
-    """Appends the first Ctrl-C, SIGTERM or SIGHUP to a list, which is checked after each iteration.
-    (The terminal sends SIGHUP when it closes; under nohup it stays ignored.) The second signal ends
-    the process. Under torchrun it doesn't: torchrun passes on signals that its processes already
-    have, and kills them itself after 30 seconds."""
+    """Appends Ctrl-C, SIGTERM or SIGHUP to a list, which is checked after each iteration. (The
+    terminal sends SIGHUP when it closes; under nohup it stays ignored.) A second one ends the
+    process, but not under torchrun, which repeats signals that its processes already have."""
     caught: list[int] = []
+    with contextlib.ExitStack() as former:
 
-    def catch(number: int, frame: object) -> None:
-        caught.append(number)
-        if len(caught) > 1 and rank_and_world()[1] == 1:
-            signal.signal(number, former[number])
-            signal.raise_signal(number)
+        def catch(number: int, frame: object) -> None:
+            caught.append(number)
+            if rank_and_world()[1] == 1:
+                former.close()
 
-    hangup = getattr(signal, "SIGHUP", signal.SIGTERM)
-    ignored = {hangup} if signal.getsignal(hangup) == signal.SIG_IGN else set()
-    former = {x: signal.signal(x, catch) for x in {signal.SIGINT, signal.SIGTERM, hangup} - ignored}
-    try:
+        hangup = getattr(signal, "SIGHUP", signal.SIGTERM)
+        ignored = {hangup} if signal.getsignal(hangup) == signal.SIG_IGN else set()
+        for number in {signal.SIGINT, signal.SIGTERM, hangup} - ignored:
+            former.callback(signal.signal, number, signal.signal(number, catch))
         yield caught
-    finally:
-        for number, handler in former.items():
-            signal.signal(number, handler)
 
 
 def largest(number: int) -> int:
@@ -2984,9 +2793,8 @@ def begin_run(out: Path, args: argparse.Namespace) -> int:
     0 if it has none. Raises BadInput if the folder holds a run and --resume is not given."""
     out.mkdir(parents=True, exist_ok=True)
     state = out / "state" / "state.json"
-    first = read_json(state).get("iteration") if args.resume and state.is_file() else 0
-    if first is None:
-        raise BadInput(f"{state} is no state of a run: give another --out to start again")
+    with reading(state, "it is no state of a run: give another --out to start again"):
+        first = read_json(state)["iteration"] if args.resume and state.is_file() else 0
     if first > args.iters:
         raise BadInput(f"--iters {args.iters}: the run in {out} has had {first} iterations")
     if rank_and_world()[0] == 0:
@@ -2999,14 +2807,6 @@ def begin_run(out: Path, args: argparse.Namespace) -> int:
     return first
 
 
-def sampling_command(args: argparse.Namespace, prompt: str) -> str:
-    """Returns the command line that samples from a run's student."""
-    names = ("steps", "resolution", "device", "dtype", "tokens", "noise", "instruction")
-    options = [f"--{name}={getattr(args, name)}" for name in names if getattr(args, name) is not None]
-    student = ["--teacher", args.teacher, "--student", f"{args.out}/student"]
-    return shlex.join(["python", "sid_fm.py", *student, *options, "--sample", prompt])
-
-
 SETTINGS = ("steps", "loss", "alpha", "weight", "noise", "guidance", "sid_scale", "discriminator_scale", "warmup")
 SETTINGS += ("iters", "accumulate", "fake_updates")  # arguments of distill
 
@@ -3014,60 +2814,56 @@ SETTINGS += ("iters", "accumulate", "fake_updates")  # arguments of distill
 def train(args: argparse.Namespace, teacher: Teacher, start: nn.Module | None) -> None:
     """Distills the teacher into a student, and saves student, state, measurements and pictures."""
     out, (rank, world), device = Path(args.out), rank_and_world(), teacher.device
-    prompts, files = read_inputs(args.prompts, args.data)
-    eval_inputs = args.clip, device, prompts, args.num, args.reference, args.seed
-    clip, eval_prompts, reference = evaluation_inputs(*eval_inputs) if args.evaluate_every else (None, [], [])
+    prompts, files = read_captions(Path(args.data)) if args.data else ([], [])
+    prompts = read_prompts(args.prompts) if args.prompts else prompts
+    evaluation = Evaluation(teacher, args.clip, prompts, args.num, args.seed) if args.evaluate_every else None
     say_memory(teacher, training_memory(teacher, args.lora, args.accumulate, bool(start)))
     first = begin_run(out, args)
 
     # Encode prompts, and free the text encoders, before the networks move to the device.
     shown = prompts[:4] or [compose(f"shown {args.seed} {i}") for i in range(4)]
-    uncond, cond, eval_cond = (encode(some, text_encoder(teacher, args.tokens)) for some in ([""], shown, eval_prompts))
-    uncond, cond = ({key: x.to(device) for key, x in rows.items()} for rows in (uncond, cond))
-    inputs = Inputs(teacher, prompts, files, args.batch, args.accumulate, args.seed, args.fake_updates)
-    inputs.prepare(first, args.iters, args.tokens, args.resolution)
+    uncond, cond = (encode(some, teacher.encode_prompts, device) for some in ([""], shown))
+    eval_cond = encode(evaluation.prompts, teacher.encode_prompts) if evaluation else {}
+    inputs = Inputs(teacher, prompts, files, args.batch, args.accumulate, args.fake_updates, args.iters, args.seed)
+    inputs.prepare(first)
 
     # The state of the run is three networks, two optimizers and a random generator.
     torch.manual_seed(args.seed)  # fixes the adapters' first weights
     student, fake = three_networks(teacher, start, args.lora, not args.keep_activations, args.compile)
-    origin = {"teacher": fingerprint(teacher.dit), "student": fingerprint(student)}
-    nets, rates = {"student": student, "fake": fake}, (args.lr, args.fake_lr or args.lr)
+    origin = {"teacher": fingerprint(teacher.dit), "first student": fingerprint(student), "number of processes": world}
+    origin = {f"--{name}": getattr(args, name) for name in ("lora", "dtype", "device")} | origin
     adam = partial(Float32Adam, accumulate=args.accumulate > 1)
-    optimizers = [adam(trainable_weights(net), lr=lr) for net, lr in zip(nets.values(), rates)]
+    trained = {"student": (student, adam(trainable_weights(student), lr=args.lr))}
+    trained["fake"] = fake, adam(trainable_weights(fake), lr=args.fake_lr or args.lr)
+    optimizers = [optimizer for _, optimizer in trained.values()]
     rng = SharedGenerator(device).manual_seed(args.seed)
-    rng.rank, rng.world = rank, world
     if first:
-        load_state(out / "state", nets, optimizers, rng)
-        check_origin(origin, getattr(args, "origin", origin))
+        load_state(out / "state", trained, rng, origin)
     if rank == 0:
-        write_json(out / "args.json", vars(args) | {"origin": origin})
+        write_json(out / "args.json", vars(args))
 
     latents, per_iteration = teacher.latent_shape(args.resolution), world * args.accumulate * args.batch
-    teacher_sampler = partial(teacher.sample, uncond=uncond, guidance=args.teacher_guidance)
+    teacher_sampler = partial(teacher.sample, uncond=uncond, guidance=args.guidance[-1])
     student_sampler = partial(generate, student, steps=args.steps, noise=args.noise)
     z = noise_like(torch.empty(len(shown), *latents, device=device), torch.Generator().manual_seed(args.seed))
     preview = partial(sample_pixels, teacher, z=z, cond=cond, seed=args.seed + 1)
     pictures = {f"teacher, {teacher.steps} steps": preview(sampler=teacher_sampler)}
-    log, measured_like = Log(out / "log.jsonl", first), (latents, args.seed, teacher_sampler, reference)
-    evaluation = Evaluation(teacher, clip, eval_prompts, eval_cond, *measured_like) if clip else None
-
-    def next_stretch(iteration: int) -> None:  # makes room for the text encoders
-        move("cpu", (teacher.dit, student, fake), optimizers)
-        inputs.prepare(iteration, args.iters, args.tokens, args.resolution)
-        move(device, (teacher.dit, student, fake), optimizers)
+    log = Log(out / "log.jsonl", first)
+    if evaluation:
+        evaluation.start(eval_cond, latents, teacher_sampler)
 
     def save(done: int) -> None:
         pictures[f"student, {args.steps} steps"] = preview(sampler=student_sampler)
         save_student(student, teacher, out / "student")
-        save_state(out / "state", done, nets, optimizers, rng)
+        save_state(out / "state", done, trained, rng, origin)
         if rank == 0:
             title = f"{Path(args.teacher).name}, the student after {done * per_iteration:,} images"
             plot_images(out / f"samples-{done:06d}.png", pictures, shown, title)
             plot_log(out / "loss.png", log.rows)
 
-    batches, shape = inputs.batches(first, next_stretch), (args.batch, *latents)
+    batches = inputs.batches(first, partial(move, (teacher.dit, student, fake), optimizers))
     options = {key: getattr(args, key) for key in SETTINGS} | {"start": first, "rng": rng, "uncond": uncond}
-    loop = distill(teacher.dit, student, fake, optimizers, batches, shape, **options)
+    loop = distill(teacher.dit, student, fake, optimizers, batches, (args.batch, *latents), **options)
     units = {"unit": " images", "unit_scale": True, "disable": rank > 0}
     bar = tqdm(total=args.iters * per_iteration, initial=first * per_iteration, **units)
     with signals() as caught, bar:
@@ -3077,21 +2873,25 @@ def train(args: argparse.Namespace, teacher: Teacher, start: nn.Module | None) -
             saves = last or done % args.save_every == 0
             if evaluation and (last or done % args.evaluate_every == 0):
                 measured["scores"], *_ = evaluation(student_sampler, "evaluation")
-                if largest(rank == 0 and measured["scores"]["cmmd"][0] < min(log.cmmds(), default=math.inf)):
+                former = (row["scores"]["cmmd"][0] for row in log.rows if "scores" in row)
+                if largest(rank == 0 and measured["scores"]["cmmd"][0] < min(former, default=math.inf)):
                     save_student(student, teacher, out / "student-best")
             bar.update(per_iteration)
-            if log.add(measured, read="scores" in measured or saves or halt):
-                bar.set_postfix_str(log.summary(), refresh=False)
+            if summary := log.add(measured, read="scores" in measured or saves or halt):
+                bar.set_postfix_str(summary, refresh=False)
             if saves:
                 save(done)
             elif halt:
-                save_state(out / "state", done, nets, optimizers, rng)
+                save_state(out / "state", done, trained, rng, origin)
             if halt and not last:
                 bar.close()
                 again = f"--teacher {args.teacher} --resume --out {out} goes on"
                 fail(f"stopped after iteration {done}, which is saved: {again}", 128 + halt)
     if rank == 0:
-        print(f"{out}: samples-*.png, loss.png and the student. To sample from it:\n{sampling_command(args, shown[0])}")
+        names = ("teacher", "steps", "resolution", "device", "dtype", "tokens", "noise", "instruction")
+        options = [f"--{name}={getattr(args, name)}" for name in names if getattr(args, name) is not None]
+        command = shlex.join(["python", "sid_fm.py", *options, f"--student={out}/student", "--sample", shown[0]])
+        print(f"{out}: samples-*.png, loss.png and the student. To sample from it:\n{command}")
 
 
 def main(argv: list[str] | None = None) -> None:

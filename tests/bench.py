@@ -171,7 +171,7 @@ class Case:
         self.device, self.true, self.batch = device, device == "cuda", batch
         self.title = name if self.true else f"{name} (small)"
         pipeline, changes = TEACHERS[name]
-        self.family, self.kind, _ = sid_fm.PIPELINES[pipeline]
+        self.family, self.kind, *_ = sid_fm.PIPELINES[pipeline]
         self.dtype = torch.bfloat16 if self.true else torch.float32
         self.guidance, self.teacher_steps = 1.0 if self.family == "flux" else 4.5, sid_fm.NAMES[name][1]
         self.scale = 32 if self.family == "sana" else 8  # pixels of a latent, a side
@@ -223,8 +223,10 @@ class Bench(Case):
             theirs.net.enable_gradient_checkpointing()
         if compiled:
             torch.compiler.reset()
+            torch._dynamo.config.recompile_limit = 64  # as sid_fm.three_networks does
             for net in (*self.ours, *(adapter.net for adapter in self.theirs)):
-                sid_fm.compile_blocks(net)
+                for block in sid_fm.blocks_of(net):
+                    block.compile()
 
     def on_diffusers(self, net: nn.Module) -> OnDiffusers:
         """diffusers' network with the parameters of `net` themselves: two networks in the memory of

@@ -2,9 +2,12 @@
 conditions."""
 
 import inspect
+import tempfile
 import zlib
+from pathlib import Path
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import sid_fm
@@ -75,3 +78,13 @@ def random_conditions(config: dict, prompts: list[str], tokens: int) -> dict[str
     if "caption_channels" in config:
         cond["mask"] = torch.ones(len(prompts), tokens, dtype=torch.int64)
     return cond
+
+
+def saved_weights(net: nn.Module) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """A network's weights with adapters merged, and its adapters, as save_student writes them. All
+    processes call it, and the first gets them."""
+    with tempfile.TemporaryDirectory() as folder:
+        sid_fm.save_student(net, None, folder)
+        files = (Path(folder, f"{name}.safetensors") for name in ("diffusion_pytorch_model", "pytorch_lora_weights"))
+        weights, adapters = (load_file(file) if file.exists() else {} for file in files)
+        return weights, adapters

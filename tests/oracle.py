@@ -63,7 +63,7 @@ def not_used_once(folder: Path, part: str, oracle: Path) -> int:
     """How many of a part's tensors are not exactly once in its files, here, and in diffusers (for
     the text encoders: in transformers). Raises for a configuration that is not understood."""
     pipeline = sid_fm.read_json(folder / "model_index.json")["_class_name"]
-    family, network, autoencoder = sid_fm.PIPELINES[pipeline]
+    family, network, autoencoder, _ = sid_fm.PIPELINES[pipeline]
     if part == "scheduler":
         sid_fm.read_scheduler(folder, pipeline)
     if part.startswith(("tokenizer", "text_encoder")):

@@ -5,6 +5,7 @@ import functools
 import gc
 import json
 import math
+import os
 import re
 import shlex
 import shutil
@@ -206,21 +207,25 @@ def test_flux_is_guided_by_its_embedding(pipeline, run, untrained, tmp_path):
     run(pipeline("flux-dev"), *SHORT, "--out", tmp_path / "a")
     run(pipeline("flux-dev"), *SHORT, "--out", tmp_path / "b", "--student", student, "--guidance", 2)
     embedded = [[net.guidance for net in given[:3]] for given in untrained]
-    assert embedded == [[3.5, 1.0, 3.5]] * 2 and [given[-1]["guidance"] for given in untrained] == [1.0, 2.0]
+    assert embedded == [[3.5, 1.0, 3.5]] * 2 and [given[-1]["guidance"] for given in untrained] == [
+        [1.0] * 3,
+        [2.0] * 3,
+    ]
 
 
 def test_others_are_guided_classifier_free(pipeline, run, untrained, tmp_path):
     run(pipeline("sana"), *SHORT, "--out", tmp_path / "run")
     settings = untrained[0][-1]
-    assert settings["guidance"] == 4.5
+    assert settings["guidance"] == [4.5] * 3
     bare = sid_fm.load_teacher(pipeline("sana")).encode_prompts([""], 16)
     assert all(torch.equal(settings["uncond"][key], value) for key, value in bare.items())
 
 
 def test_the_settings_reach_the_loop(pipeline, run, untrained, tmp_path):
-    settings = {"steps": 2, "alpha": 0.5, "guidance": 3.0, "weight": "1/t", "noise": "ddim", "loss": "dmd"}
+    settings = {"steps": 2, "alpha": 0.5, "weight": "1/t", "noise": "ddim", "loss": "dmd"}
     flags = [x for name, value in settings.items() for x in (f"--{name}", value)]
-    run(pipeline("sana"), *SHORT, *flags, "--lr", 2e-4, "--out", tmp_path / "run")
+    run(pipeline("sana"), *SHORT, *flags, "--guidance", 3, "--lr", 2e-4, "--out", tmp_path / "run")
+    settings["guidance"] = [3.0] * 3
     *_, optimizers, _, shape, given = untrained[0]
     assert settings.items() <= given.items() and given["iters"] == 3 and shape == (2, 32, 1, 1)
     for optimizer, net in zip(optimizers, untrained[0][1:3]):
@@ -351,8 +356,8 @@ def test_the_text_encoders_are_gone_before_the_first_step(pipeline, run, untrain
 
     def remember(self, *args, **kwargs):
         init(self, *args, **kwargs)
-        parameters = [p for encoder in self.encoders.values() for p in encoder.parameters()]
-        made.extend(map(weakref.ref, [self, *self.encoders.values(), *parameters]))
+        encoders = [encoder for _, encoder in self.parts.values()]
+        made.extend(map(weakref.ref, [self, *encoders, *(p for encoder in encoders for p in encoder.parameters())]))
 
     monkeypatch.setattr(sid_fm.TextEncoders, "__init__", remember)
     monkeypatch.setattr(sid_fm, "distill", lambda *_, **__: alive.extend(ref() for ref in made) or iter(()))
@@ -722,7 +727,7 @@ def test_an_out_that_is_something_else(pipeline, refused, tmp_path):
     (tmp_path / "folder.png").mkdir()
     assert "file" in refused(pipeline("sana"), *SHORT, "--out", tmp_path / "file")
     assert "folder.png" in refused(pipeline("sana"), "--sample", "a fox", "--out", tmp_path / "folder.png")
-    assert "name of a picture" in refused(pipeline("sana"), "--sample", "a fox", "--out", ".")
+    assert "the name of a .png" in refused(pipeline("sana"), "--sample", "a fox", "--out", tmp_path / "fox.jpg")
 
 
 def test_a_student_of_another_kind(pipeline, refused):
@@ -738,7 +743,7 @@ def test_a_student_that_is_no_student(pipeline, refused, tmp_path):
 @pytest.mark.parametrize("mode", ["train", "lora", "sample", "evaluate"])
 def test_a_device_that_cannot_hold_it(pipeline, student, clip_folder, refused, monkeypatch, tmp_path, mode):
     """One line with advice, before prompts are encoded or any weight is copied."""
-    monkeypatch.setattr(sid_fm, "device_memory", lambda device: 1e3)
+    monkeypatch.setattr(os, "sysconf", lambda name: 30)
     monkeypatch.setattr(sid_fm.Teacher, "encode_prompts", lambda *args: pytest.fail("encoded prompts"))
     arguments = {
         "train": [],
@@ -758,7 +763,7 @@ def test_a_run_says_what_memory_it_takes(pipeline, run, untrained, monkeypatch, 
     assert "GB of memory" not in capsys.readouterr().err
     parts = {"frozen weights": 4.06e9, "Adam": 16.2e9}
     monkeypatch.setattr(sid_fm, "training_memory", lambda *args: parts)
-    monkeypatch.setattr(sid_fm, "device_memory", lambda device: 32e9)
+    monkeypatch.setattr(os, "sysconf", {"SC_PAGE_SIZE": 4000, "SC_PHYS_PAGES": 8_000_000}.get)
     run(pipeline("sana"), *SHORT, "--out", tmp_path / "large")
     line, *_ = capsys.readouterr().err.splitlines()
     assert "takes 20.3 GB of memory (frozen weights 4.1, Adam 16.2)" in line and "cpu has 32.0 GB" in line

@@ -9,6 +9,7 @@ from unittest import mock
 import diffusers
 import pytest
 import torch
+from networks import saved_weights
 
 import dit_tiny
 import sid_fm
@@ -218,13 +219,13 @@ def test_adapters_learn_on_a_frozen_teacher(monkeypatch):
     for result in (runs := students(teacher, monkeypatch, lora=3)):
         own = dict(result.student.named_parameters())
         assert all(torch.equal(own[key], before[key]) for key in before if key in own)
-        weights, adapters = sid_fm.plain_weights(result.student)
+        weights, adapters = saved_weights(result.student)
         moved = {key for key, x in weights.items() if not torch.equal(x, before[key])}
         adapted = {f"{key.split('.', 1)[1].rpartition('.lora_')[0]}.weight" for key in adapters}
         # No image token attends to the last block's text queries, so these have no effect.
         assert weights.keys() == before.keys() and adapted - moved == {"transformer_blocks.3.attn.add_q_proj.weight"}
         assert moved < adapted
-    free, aided = (sid_fm.plain_weights(result.student)[1] for result in runs[:2])
+    free, aided = (saved_weights(result.student)[1] for result in runs[:2])
     assert any(not torch.equal(x, aided[key]) for key, x in free.items())
     assert "discriminator" in runs[1].log and "discriminator" not in runs[0].log
 

@@ -4,6 +4,7 @@ and scales, prompts and real samples, SANA's instruction, their students, a fold
 import json
 import re
 import shutil
+import sys
 
 import diffusers
 import numpy as np
@@ -62,7 +63,7 @@ def rates(loop):
 # Guidance, rates, scales, updates
 # ----------------------------------------------------------------------------------------------------------------------
 
-DEFAULTS = {"guidance": 4.5, "sid_scale": 100.0, "discriminator_scale": 1.0, "fake_updates": 1}
+DEFAULTS = {"guidance": [4.5] * 3, "sid_scale": 100.0, "discriminator_scale": 1.0, "fake_updates": 1}
 
 
 def test_the_settings_reach_the_loop_and_a_resumed_run_keeps_them(pipeline, run, loops, guided_by, tmp_path):
@@ -76,7 +77,7 @@ def test_the_settings_reach_the_loop_and_a_resumed_run_keeps_them(pipeline, run,
         assert (expected | {"sid_scale": scale, "start": start}).items() <= loop[-1].items()
         assert rates(loop) == [lr, 5e-4]
     run(pipeline("sana"), "--resume", "--iters", 3, "--guidance", 2)
-    assert loops[2][-1]["guidance"] == json.loads((tmp_path / "out" / "args.json").read_text())["guidance"] == 2.0
+    assert loops[2][-1]["guidance"] == json.loads((tmp_path / "out" / "args.json").read_text())["guidance"] == [2.0] * 3
     assert [guidance for guidance, _ in guided_by] == [4.25, 4.25, 2.0]
 
 
@@ -203,13 +204,14 @@ def test_real_samples_are_of_the_posterior(pipeline, tmp_path, family):
     files = [tmp_path / f"{i}.png" for i in range(3)]
     for i, file in enumerate(files):
         Image.fromarray(np.random.default_rng(i).integers(0, 256, (32, 32, 3), dtype=np.uint8)).save(file)
-    inputs = sid_fm.Inputs(teacher, PROMPTS, files, 3, 1, seed=0)
-    inputs.prepare(0, count, 16, 32)
+    teacher.tokens, teacher.resolution = 16, 32
+    inputs = sid_fm.Inputs(teacher, PROMPTS, files, 3, 1, 1, count, seed=0)
+    inputs.prepare(0)
     batches, texts = inputs.batches(0, None), teacher.encode_prompts(PROMPTS, 16)["text"]
     samples = []
     for i in range(count):
         (_, (x_0, real_cond)), (_, none) = next(batches), next(batches)
-        order = torch.tensor(inputs.real_parts(i)[0])
+        order = torch.tensor(inputs.parts(i, images=True)[0])
         assert none is None and (real_cond["text"] - texts[order]).abs().max() < 1e-4
         samples.append(x_0[order.argsort()])
     x = torch.stack(samples)  # [count, images, C, h, w]
@@ -228,7 +230,7 @@ def test_real_samples_are_of_the_posterior(pipeline, tmp_path, family):
         assert (z.std(0) - 1).abs().max() < 5.5 / (2 * count) ** 0.5
         assert z.square().mean() == pytest.approx(1, abs=0.02)
     again = next(inputs.batches(5, None))[1][0]
-    assert torch.equal(again[torch.tensor(inputs.real_parts(5)[0]).argsort()], x[5])
+    assert torch.equal(again[torch.tensor(inputs.parts(5, images=True)[0]).argsort()], x[5])
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -239,7 +241,7 @@ def test_real_samples_are_of_the_posterior(pipeline, tmp_path, family):
 @pytest.fixture
 def no_diffusers(monkeypatch):
     """Where there is none, SANA's own instruction is not found."""
-    monkeypatch.setattr(sid_fm, "find_instruction", lambda: None)
+    monkeypatch.setitem(sys.modules, "diffusers", None)
 
 
 @pytest.mark.parametrize("mode", ["train", "sample", "evaluate"])
@@ -404,12 +406,13 @@ def test_the_folder_s_name_may_have_a_dot(copied, run, monkeypatch, tmp_path, gi
 
 
 @pytest.mark.parametrize(
-    "kind, says", [("a picture", "a folder"), ("a file", "--out"), ("missing", "nowhere.txt"), ("empty", "no prompt")]
+    "kind, says",
+    [("a picture", "name of a .png"), ("a file", "--out"), ("missing", "nowhere.txt"), ("empty", "no prompt")],
 )
 def test_samples_of_a_file_that_cannot_be_are_one_line(pipeline, ended, tmp_path, kind, says):
     (tmp_path / "empty.txt").write_text("\n\n")
     file = {"missing": "nowhere.txt", "empty": "empty.txt"}.get(kind, "prompts.txt")
-    out = {"a picture": "fox.png", "a file": "prompts.txt"}.get(kind, "drawn")
+    out = {"a picture": "fox.jpg", "a file": "prompts.txt"}.get(kind, "drawn")
     line = ended(pipeline("sd3-medium"), "--sample", f"@{tmp_path / file}", "--out", tmp_path / out)
     assert says in line and not [*tmp_path.rglob("*.png")]
-    assert not (tmp_path / "drawn").exists() and not (tmp_path / "fox.png").exists()
+    assert not (tmp_path / "drawn").exists() and not (tmp_path / "fox.jpg").exists()

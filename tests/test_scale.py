@@ -19,7 +19,7 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-from networks import FLUX, SANA, SD3, network_config
+from networks import FLUX, SANA, SD3, network_config, saved_weights
 from PIL import Image
 from pipelines import randomise
 from safetensors.torch import load_file, save_file
@@ -310,7 +310,8 @@ def test_compiled_blocks_compute_the_same(family):
         twin = copy.deepcopy(net)
         if recomputed:
             sid_fm.recompute_blocks(twin)
-        sid_fm.compile_blocks(twin)
+        for block in sid_fm.blocks_of(twin):
+            block.compile()
         torch._dynamo.utils.counters.clear()
         v = twin(x_t, t, cond)
         assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
@@ -417,14 +418,13 @@ def distilled(lora, loss, shard=None, part=slice(None), rng=None):
     options = {"part": part, "rng": rng, "accumulate": 2, "dtype": torch.float64, "loss": loss}
     measured = run_iterations(nets, [adam(net) for net in nets[1:]], 5, **options)
     losses = torch.stack([torch.stack([m["fake_loss"], m["fisher"], m["loss"]]) for m in measured])
-    return losses, sid_fm.plain_weights(nets[1])[0], [m["images"] for m in measured]
+    return losses, saved_weights(nets[1])[0], [m["images"] for m in measured]
 
 
 def one_of_two(rank, port, lora, loss, folder):
     os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "RANK": str(rank), "WORLD_SIZE": "2"}
     torch.distributed.init_process_group("gloo")
     rng = sid_fm.SharedGenerator()
-    rng.rank, rng.world = rank, 2
     part = slice(2 * rank, 2 * rank + 2)
     shard = partial(sid_fm.shard, device="cpu", dtype=torch.float64)
     losses, weights, images = distilled(lora, loss, shard, part, rng.manual_seed(5))
@@ -455,7 +455,7 @@ def inputs_of(monkeypatch, rank, world, prompts, images=(), stretch=8, seed=3, f
     """The inputs of process `rank` of a run with 2 batches of 12 / world prompts an update."""
     monkeypatch.setattr(sid_fm, "STRETCH", stretch)
     monkeypatch.setattr(sid_fm, "rank_and_world", lambda: (rank, world))
-    return sid_fm.Inputs(None, prompts, images, 12 // world, 2, seed, fake_updates)
+    return sid_fm.Inputs(None, prompts, images, 12 // world, 2, fake_updates, 100, seed)
 
 
 @pytest.mark.parametrize("fake_updates", [1, 4])
@@ -464,24 +464,23 @@ def test_every_prompt_is_taken_once_an_epoch_and_processes_share_an_epoch_withou
     prompts = [f"prompt {i}" for i in range(60)]
     updates, settings = fake_updates + 1, {"images": [*prompts], "fake_updates": fake_updates}
 
-    def parts(rank, world, kind="parts", **more):
+    def parts(rank, world, images=False, **more):
         run = inputs_of(monkeypatch, rank, world, prompts, **settings | more)
-        each = [getattr(run, kind)(iteration) for iteration in range(5)]
-        assert [len(some) for some in each] == [2 * (updates if kind == "parts" else fake_updates)] * 5
+        each = [run.parts(iteration, images) for iteration in range(5)]
+        assert [len(some) for some in each] == [2 * (fake_updates if images else updates)] * 5
         return [part for some in each for part in some]
 
     orders = []
-    for kind in ("parts", "real_parts"):
-        one = parts(0, 1, kind)
+    for images in (False, True):
+        one = parts(0, 1, images)
         taken = [i for part in one for i in part]
         assert all(sorted(taken[i : i + 60]) == list(range(60)) for i in range(0, len(taken), 60))
         assert len(taken) >= 120 and taken[:60] != taken[60:120]
-        assert parts(0, 1, kind, seed=4) != one
+        assert parts(0, 1, images, seed=4) != one
         for rank in range(3):  # a third of each batch
-            assert parts(rank, 3, kind) == [part[4 * rank : 4 * rank + 4] for part in one]
+            assert parts(rank, 3, images) == [part[4 * rank : 4 * rank + 4] for part in one]
         orders.append(taken)
     assert orders[0][:60] != orders[1][:60]
-    assert inputs_of(monkeypatch, 0, 1, prompts).real_parts(0) == []
 
 
 @pytest.mark.parametrize(
@@ -497,11 +496,10 @@ def test_a_stretch_is_so_many_prompts_or_eight_iterations(monkeypatch, fake_upda
         assert inputs_of(monkeypatch, 0, 1, ["a fox"] * count, **options).once == once
 
 
-def test_numbers_of_processes_are_rows_of_one():
+def test_numbers_of_processes_are_rows_of_one(monkeypatch):
     def sampled(rank, world):
-        rng = sid_fm.SharedGenerator()
-        rng.rank, rng.world = rank, world
-        rng.manual_seed(3)
+        monkeypatch.setattr(sid_fm, "rank_and_world", lambda: (rank, world))
+        rng = sid_fm.SharedGenerator().manual_seed(3)
         x = torch.empty(4 // world, 2)
         return torch.cat([sid_fm.noise_like(x, rng), sid_fm.sample_times(4 // world, None, rng=rng)[:, None]], 1)
 
@@ -654,10 +652,10 @@ def test_a_run_over_stretches_stops_in_one_and_resumes_to_the_same_numbers(
     monkeypatch.setattr(sid_fm, "STRETCH", 32)
     happened, move, prepare = [], sid_fm.move, sid_fm.Inputs.prepare
 
-    def moved(where, nets, optimizers):
+    def moved(nets, optimizers, where):
         assert len({*nets}) == 3 and len(optimizers) == 2
         happened.append(f"to {where}")
-        move(where, nets, optimizers)
+        move(nets, optimizers, where)
 
     monkeypatch.setattr(sid_fm, "move", moved)
     monkeypatch.setattr(sid_fm.Inputs, "prepare", lambda self, *args: happened.append(args[0]) or prepare(self, *args))
@@ -677,13 +675,13 @@ def test_networks_and_what_optimizers_keep_leave_the_device():
     nets = [network("sd3").bfloat16() for _ in range(2)]
     optimizers = [adam(net) for net in nets]
     before = [optimizer.param_groups[0]["params"] for optimizer in optimizers]
-    sid_fm.move("meta", nets, optimizers)  # a device that a machine without a GPU has
+    sid_fm.move(nets, optimizers, "meta")  # a device that a machine without a GPU has
     kept = [x for optimizer in optimizers for state in optimizer.state.values() for x in state.values()]
     weights = [w for net in nets for w in net.parameters()]
     assert len(kept) == 3 * len(weights) and {x.device.type for x in (*weights, *kept)} == {"meta"}
     nets, optimizers = [network("sd3")], [adam(network("sd3"))]
     weights = [*nets[0].parameters()]
-    sid_fm.move("cpu", nets, optimizers)
+    sid_fm.move(nets, optimizers, "cpu")
     # an optimizer goes on with its weights
     assert all(a is b for a, b in zip(nets[0].parameters(), weights))
     assert len(before[0]) == len(weights)
@@ -757,14 +755,14 @@ def test_resuming_what_cannot_be_resumed(command, quiet, capsys, tmp_path):
     assert "holds a run: --resume" in refused_and_unchanged()  # --resume forgotten: nothing of it is lost
     # of twelve that it has had
     assert "--iters 3: the run in" in refused_and_unchanged("--resume", "--iters", 3)
-    assert "another network" in refused_and_unchanged("--resume", "--lora", 2)
-    notes.write_text(former.replace('"processes": 1', '"processes": 3'))
-    assert "3 processes, this one has 1" in refused_and_unchanged("--resume")
+    assert "had another --lora (None, not 2)" in refused_and_unchanged("--resume", "--lora", 2)
+    notes.write_text(former.replace('"number of processes": 1', '"number of processes": 3'))
+    assert "had another number of processes (3, not 1)" in refused_and_unchanged("--resume")
     notes.write_text(former)
     file = state / "0-fake.safetensors"
     weights = load_file(file)
     save_file(weights | {":random": weights[":random"][:16].clone()}, file)
-    assert "another network or device" in refused_and_unchanged("--resume")  # a GPU's has 16 bytes
+    assert "can't be read" in refused_and_unchanged("--resume")  # a GPU's has 16 bytes
     file.write_bytes(file.read_bytes()[:1000])
     assert "can't be read" in refused_and_unchanged("--resume")
     notes.write_text("{}")

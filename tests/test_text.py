@@ -3,7 +3,6 @@
 import inspect
 import json
 import shutil
-import sys
 import warnings
 
 import diffusers
@@ -14,7 +13,7 @@ from oracle import encode_prompt, error
 from pipelines import FAMILIES
 from safetensors.torch import load_file, save_file
 
-from sid_fm import TEXT_LENGTH, BadInput, TextEncoders, find_instruction
+from sid_fm import TEXT_LENGTH, BadInput, TextEncoders, load_teacher
 
 LONG = "a red fox in the snow, " * 60
 PROMPTS = ["", "A red fox sitting in the snow!", "  Ünïcode: 狐狸 🦊 лиса  ", "an oil painting of two ships, " * 5]
@@ -100,15 +99,10 @@ def test_length(load, family):
 def test_instruction_of_diffusers_and_none(pipeline, load, pipeline_class):
     oracle = pipeline_class(**load("sana")[0].components)
     lines = inspect.signature(pipeline_class.__call__).parameters["complex_human_instruction"].default
-    assert find_instruction() == "\n".join(lines)
+    assert load_teacher(pipeline("sana")).instruction == "\n".join(lines)
     for instruction in (lines, None):
         ours = TextEncoders(pipeline("sana"), "sana", instruction="\n".join(instruction or []))
         assert_equal(ours(PROMPTS[1:2]), encode_prompt(oracle, PROMPTS[1:2], instruction))
-
-
-def test_find_instruction_without_diffusers(monkeypatch):
-    monkeypatch.setitem(sys.modules, "diffusers", None)
-    assert find_instruction() is None
 
 
 def test_sd3_without_t5(pipeline, load, tmp_path):
