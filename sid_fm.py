@@ -144,13 +144,11 @@ def convert(pred: Tensor, x_t: Tensor, t: Tensor, path: str, src: str, dst: str)
     return (p_dst * q - q_dst * p) / determinant * x_t + (a * q_dst - s * p_dst) / determinant * pred
 
 
-# At equal signal-to-noise ratio, the variables of two paths differ by a scale only. D is the same.
-
-
 def equal_snr(x_t: Tensor, t: Tensor, src: str, dst: str) -> tuple[Tensor, Tensor]:
-    """Maps (x_t, t) to (X_u, u) on path dst, where a(t)/s(t) = A(u)/S(u) and X_u = (S/s) x_t.
+    """Maps (x_t, t) to (X_u, u) on path dst, where a(t)/s(t) = A(u)/S(u) and X_u = (S/s) x_t. At
+    equal signal-to-noise ratio the variables of two paths differ by a scale only. D is the same.
 
-    x_t: [B, ...]; t: [B], above 0. The factor is S/s because A/a is 0/0 at pure noise, where
+    A, S are a, s of dst. x_t: [B, ...]; t: [B], above 0. The factor is S/s because A/a is 0/0 at pure noise, where
     generation starts. The paths vp and ve end at Rectified Flow t = 0.99347 and 0.98765. Later
     times are clamped to these ends, and D is then approximate."""
     a, s, _, _ = path_terms(t, src)
@@ -175,11 +173,9 @@ class RectifiedFlowView(nn.Module):
 
 
 def as_rectified_flow(net: nn.Module, path: str, predicts: str = "v") -> nn.Module:
-    """Turns a network trained on any path into a Rectified Flow network by the equal-SNR map. The
-    result shares the weights of `net`.
-
-    No teacher of the paper needs this. A SANA-Sprint teacher is a Rectified Flow network too: its
-    pipeline only calls it through TrigFlow."""
+    """Turns a network trained on any path into a Rectified Flow network by the equal-SNR map, which
+    shares its weights. No teacher of the paper needs this: a SANA-Sprint teacher is a Rectified
+    Flow network, which only its pipeline calls through TrigFlow."""
     return net if (path, predicts) == ("rf", "v") else RectifiedFlowView(net, path, predicts)
 
 
@@ -198,18 +194,14 @@ def guided(
     call. D = x_t - t v is linear in v, so D is guided in the same way.
 
     Returns v: [B, ...] and, with features=True, the pooled hidden states [B, channels] of the
-    conditional half (else None), which the adversarial pair judges. uncond may have one row for the
-    whole batch. A key that uncond lacks (the scale of a guidance embedding) is taken from cond.
-    Raises ValueError if guidance is not 1 and cond or uncond is None."""
-    plain = guidance == 1
-    if not plain:
-        if cond is None or uncond is None:
-            raise ValueError(f"guidance {guidance} needs cond and uncond")
-        x_t, t = torch.cat([x_t, x_t]), torch.cat([t, t])
-        cond = {key: torch.cat([x, uncond.get(key, x).expand_as(x)]) for key, x in cond.items()}
-    v, hidden = net(x_t, t, cond, features=True) if features else (net(x_t, t, cond), None)
-    if plain:
-        return v, hidden
+    conditional half, else None. uncond may have one row for the whole batch. A key that it lacks is
+    taken from cond. Raises ValueError if guidance is not 1 and cond or uncond is None."""
+    if guidance == 1:
+        return net(x_t, t, cond, features=True) if features else (net(x_t, t, cond), None)
+    if cond is None or uncond is None:
+        raise ValueError(f"guidance {guidance} needs cond and uncond")
+    both = {key: torch.cat([x, uncond.get(key, x).expand_as(x)]) for key, x in cond.items()}
+    v, hidden = guided(net, torch.cat([x_t, x_t]), torch.cat([t, t]), both, None, 1.0, features)
     v_cond, v_uncond = v.chunk(2)
     return v_uncond + guidance * (v_cond - v_uncond), hidden if hidden is None else hidden.chunk(2)[0]
 
@@ -243,8 +235,10 @@ WEIGHTS = {
 }
 
 
-def loss_weight(weight: str, t: Tensor, x_g: Tensor, d_real: Tensor) -> Tensor:
-    """Returns w(t): [B] by name, without gradient. Raises ValueError for an unknown name."""
+def loss_weight(weight: str | Tensor, t: Tensor, x_g: Tensor, d_real: Tensor) -> Tensor:
+    """Returns w(t): [B] by name, without gradient, or w itself. Raises ValueError for an unknown name."""
+    if isinstance(weight, Tensor):
+        return weight
     check_choice("weight", weight, WEIGHTS)
     if weight == "sid":
         return 1 / (x_g - d_real).detach().abs().flatten(1).mean(1).clamp(min=1e-5)
@@ -258,20 +252,19 @@ def sid_loss(
 
         L1 = E[w |f_phi - f_psi|^2],    L2 = E[w (f_phi - f_psi)^T (f_phi - x_g)]
 
-    Let grad hold psi fixed, and let d/dtheta include the change of psi*(theta). At psi = psi*
+    Let grad be the derivative with psi held fixed, and d/dtheta the whole derivative. At psi = psi*
 
         dL/dtheta = grad L1 + 2r = grad L2 + r, grad L_alpha = (dL/dtheta)/2 + (1/2 - alpha) grad L1
 
     where r is the part of L2's derivative that flows through psi*(theta). So alpha = 1/2 gives half
-    of dL/dtheta, without bias. alpha = 1 gives r, which is all that grad L2 leaves out, and half of
-    what grad L1 leaves out. At psi*, also L1 = L2 = L. So at alpha = 1 the value hovers around
-    zero. It is E[w (f_phi - f_psi)^T (f_psi - x_g)]. Watch L1 for convergence.
+    of dL/dtheta, and alpha = 1 gives r. At psi* also L1 = L2 = L, so at alpha = 1 the loss, which
+    is E[w (f_phi - f_psi)^T (f_psi - x_g)], hovers around zero. Watch L1 for convergence.
 
     d_real = f_phi(x_t, t) and d_fake = f_psi(x_t, t) are the two networks' D (guided, if guidance
     is used) at x_t = add_noise(x_g, e, t). Do not detach them: the gradient reaches the generator
     through x_g and through the inputs of both networks. x_g, d_real, d_fake: [B, ...]; t: [B];
     weight: a key of WEIGHTS, or w: [B] -> scalar"""
-    w = loss_weight(weight, t, x_g, d_real) if isinstance(weight, str) else weight
+    w = loss_weight(weight, t, x_g, d_real)
     difference = d_real - d_fake
     return weighted_mean(difference * ((d_real - x_g) - alpha * difference), w)
 
@@ -280,7 +273,7 @@ def dmd_loss(x_g: Tensor, d_real: Tensor, d_fake: Tensor, t: Tensor, weight: str
     """Returns the loss of distribution matching distillation, for comparison. Its gradient with
     respect to each x_g is w (f_psi - f_phi) / B. No gradient flows through the networks. The
     arguments are those of sid_loss."""
-    w = loss_weight(weight, t, x_g, d_real) if isinstance(weight, str) else weight
+    w = loss_weight(weight, t, x_g, d_real)
     return weighted_mean((d_fake - d_real).detach() * x_g, w)
 
 
@@ -311,7 +304,7 @@ def adversarial_loss(features_fake: Tensor, size: int, w: Tensor) -> Tensor:
 NOISES = ("fresh", "fixed", "ddim")
 LOSSES = ("sid", "dmd")
 SID_LAW = (math.log(2), 1.6)  # the authors' times: t = sigmoid(n), n ~ N(log 2, 1.6^2)
-T_MIN = 1e-3  # uniform times start here: the integral of 1/t^2, the weight on |D^ - x_0|^2, diverges at 0
+T_MIN = 1e-3  # uniform times start here: near 0 the integral of 1/t^2, a velocity loss's weight, diverges
 
 
 def rank_and_world() -> tuple[int, int]:
@@ -327,10 +320,10 @@ class SharedGenerator(torch.Generator):
     own rows. So all together use the same numbers as one process would."""
 
 
-def random_rows(law: Callable, shape: tuple[int, ...], rng: torch.Generator | None, **options) -> Tensor:
-    """Returns this process's rows of random numbers of a shape. law: torch.rand or torch.randn."""
+def random_rows(draw: Callable, shape: tuple[int, ...], rng: torch.Generator | None, **options) -> Tensor:
+    """Returns this process's rows of random numbers of a shape. draw: torch.rand or torch.randn."""
     rank, world = rank_and_world() if isinstance(rng, SharedGenerator) else (0, 1)
-    return law(world * shape[0], *shape[1:], generator=rng, **options)[rank * shape[0] : (rank + 1) * shape[0]]
+    return draw(world * shape[0], *shape[1:], generator=rng, **options)[rank * shape[0] : (rank + 1) * shape[0]]
 
 
 def noise_like(x: Tensor, rng: torch.Generator | None = None) -> Tensor:
@@ -422,9 +415,8 @@ def take_step(optimizer: torch.optim.Optimizer) -> Tensor:
     """Takes one optimizer step, or skips it if the gradient is not finite, and clears the
     gradients. Returns 1 if it was skipped, else 0, as a tensor on the device. Fused optimizers and
     Float32Adam (chapter 8) read it there. Others make the host wait."""
-    weights = [w for group in optimizer.param_groups for w in group["params"]]
-    gradients = [optimizer.state[w].get("gradient", w.grad) for w in weights]  # Float32Adam sums them itself
-    norm = torch.nn.utils.get_total_norm([gradient for gradient in gradients if gradient is not None])
+    gradients = [w.grad for group in optimizer.param_groups for w in group["params"] if w.grad is not None]
+    norm = torch.nn.utils.get_total_norm(gradients)
     norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # over all shards
     skipped = (~norm.isfinite()).float()
     if optimizer.defaults.get("fused"):
@@ -469,8 +461,8 @@ def distill(
     and fake network as copies of the teacher (data-aided: the student as a data-free run left it).
 
     An iteration makes `fake_updates` updates of the fake network and one of the generator. Each
-    update follows the mean loss of `accumulate` new batches. The loop runs iterations `start` to
-    `iters` - 1, or until `batches` ends.
+    update follows the mean loss of `accumulate` new batches. The loop ends after iteration `iters` -
+    1, or with `batches`.
 
     optimizers: the student's and the fake network's. All weights that neither holds are frozen.
     batches: yields (cond, real). cond is a dict of tensors or None. real is None or, data-aided, a
@@ -503,7 +495,7 @@ def distill(
     weights = next(student.parameters())
     template = torch.empty(shape, device=weights.device, dtype=torch.promote_types(weights.dtype, torch.float32))
     size = template[0].numel()  # C H W
-    images = shape[0] * accumulate * rank_and_world()[1]  # generated per iteration, by all processes
+    per_iteration = shape[0] * accumulate * rank_and_world()[1]  # images, of all processes
     steps, times = (steps, None) if times is None else (len(times) - 1, times.cpu())
     sample, batches = partial(generate, student, steps=steps, noise=noise, times=times, rng=rng), iter(batches)
 
@@ -512,9 +504,9 @@ def distill(
         if len(parts) < (fake_updates + 1) * accumulate:
             return
         *fake_parts, student_parts = (parts[i : i + accumulate] for i in range(0, len(parts), accumulate))
-        # Output k of a K-step run; k is uniform, so the mixture of all outputs matches the teacher.
+        # x_g is output k of a K-step run. k is uniform: the mixture of outputs is matched to the teacher.
         k = sample_k(steps, iteration, rng)
-        means: dict = defaultdict(float)  # over the parts
+        measured: dict = defaultdict(list)  # by each part
         skipped, aided = 0.0, parts[0][1] is not None
 
         # 1. The fake network learns the generator's distribution by flow matching on its samples.
@@ -528,12 +520,12 @@ def distill(
                 x_t = add_noise(x_g, e, t)
                 v, hidden = guided(fake, x_t, t, cond, uncond, in_training, features=aided)
                 fake_loss = flow_matching_loss(v, x_g, e, t)
-                means["fake_loss"] += fake_loss.detach() / len(fake_parts) / accumulate
+                measured["fake_loss"].append(fake_loss.detach())
                 if aided:  # it also learns to tell generated samples from real ones
                     x_0, real_cond = real  # the same noise and times lower the variance
                     _, hidden_real = fake(add_noise(x_0, e, t), t, real_cond, features=True)
                     discriminator = discriminator_loss(hidden_real, hidden, size)
-                    means["discriminator"] += discriminator.detach() / size / len(fake_parts) / accumulate
+                    measured["discriminator"].append(discriminator.detach() / size)
                     fake_loss = fake_loss + discriminator_scale * discriminator
                 backward(fake_loss / accumulate, fake, last=i == accumulate)
             skipped = skipped + take_step(fake_optimizer)
@@ -541,7 +533,7 @@ def distill(
 
         # 2. The generator follows L_alpha. psi and phi are constants: the gradient flows through
         #    x_g and through x_t, the input of both networks.
-        seen = iteration * images
+        seen = iteration * per_iteration
         waits = aided and seen < warmup[0]
         for i, (cond, _) in enumerate(student_parts, 1):
             x_g = sample(noise_like(template, rng), cond, stop_after=k)
@@ -555,17 +547,18 @@ def distill(
                 student_loss = sid_loss(x_g, d_real, d_fake, t, alpha, w)
             else:
                 student_loss = dmd_loss(x_g, d_real, d_fake, t, w)
-            means["loss"] += student_loss.detach() / accumulate
-            means["fisher"] += weighted_mean((d_real - d_fake).detach().square(), w) / accumulate
+            measured["loss"].append(student_loss.detach())
+            measured["fisher"].append(weighted_mean((d_real - d_fake).detach().square(), w))
             student_loss = sid_scale * student_loss
             if aided:  # always weighted by 1 - t: f_phi - f_psi has a factor t, this term has none
                 adversarial = adversarial_loss(hidden, size, 1 - t)
-                means["adversarial"] += adversarial.detach() / accumulate
+                measured["adversarial"].append(adversarial.detach())
                 student_loss = (student_loss + adversarial) / 2 if seen >= warmup[1] else student_loss
             if not waits:
                 backward(student_loss / accumulate, student, last=i == accumulate)
         skipped = skipped if waits else skipped + take_step(student_optimizer)
-        yield {"iteration": iteration, "images": seen + images, "k": k, **means, "skipped": skipped}
+        means = {name: torch.stack(values).mean() for name, values in measured.items()}
+        yield {"iteration": iteration, "images": seen + per_iteration, "k": k, **means, "skipped": skipped}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1190,7 +1183,7 @@ class MultiscaleAttention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         qkv = torch.cat([to(x.movedim(1, -1)) for to in (self.to_q, self.to_k, self.to_v)], dim=-1).movedim(-1, 1)
         qkv = torch.cat([qkv] + [scale(qkv) for scale in self.to_qkv_multiscale], dim=1)
-        # A head reads 3 head_dim consecutive channels: its q, k, v may all come from to_q.
+        # As in the original, a head reads 3 head_dim consecutive channels. All may come from to_q.
         heads = qkv.unflatten(1, (-1, 3 * self.head_dim)).flatten(3)  # [B, heads, 3 head_dim, h w]
         y = linear_attention(*heads.chunk(3, dim=2)).flatten(1, 2).unflatten(2, x.shape[2:])
         return self.norm_out(self.to_out(y.movedim(1, -1)).movedim(-1, 1)) + x
@@ -1366,12 +1359,13 @@ NAMES = {  # the paper's teachers: their repositories, and the steps of their ow
 }
 PARTS = re.compile(r"(transformer|vae|scheduler|(text_encoder|tokenizer)(_\d)?)/[^/]+\.(json|txt|model|safetensors)$")
 PIPELINE = re.compile(rf"model_index\.json$|{PARTS.pattern}")
+CLIP_MODEL = re.compile(r"(model[^/]*\.safetensors(\.index\.json)?|[a-z_]+\.json|merges\.txt)$")
 NETWORK = re.compile(r"(transformer/)?(config|diffusion_pytorch_model[^/]*)\.(json|safetensors)$")  # of a student
 
 
 def files_to_read(files: Iterable[str], kind: re.Pattern = PIPELINE) -> list[str]:
     """Returns the files of a repository that are read: configurations, vocabularies, each tensor
-    once (a variant, .fp16., if nothing plain is there). kind: PIPELINE or NETWORK."""
+    once (a variant, .fp16., if nothing plain is there). kind: PIPELINE, NETWORK or CLIP_MODEL."""
     kept = [f for f in files if kind.match(f)]
     is_weight = re.compile(r".*\.safetensors(\.index.*)?$")
     is_variant = re.compile(r".*\.(fp16|bf16)[.-]")
@@ -1391,7 +1385,7 @@ def resolve(name_or_path: str | Path, kind: re.Pattern = PIPELINE) -> Path:
         return Path(name)
     repository = NAMES[name][0] if name in NAMES else name
     if not re.fullmatch(r"\w[\w.-]*/[\w.-]+", repository):
-        raise BadInput(f"{name} is no folder, no repository on the Hub and none of the names {', '.join(NAMES)}")
+        raise BadInput(f"{name} is not a folder, not a repository on the Hub and none of the names {', '.join(NAMES)}")
     errors = (OSError, ValueError, *HfHubHTTPError.__bases__)  # of requests or httpx
     names, reason = None, None
     try:
@@ -1478,24 +1472,26 @@ def check_text(folder: Path, family: str) -> dict[str, tuple[str, str]]:
     """Returns the classes of a pipeline's text encoders and tokenizers, by the end of their names:
     "", "_2", "_3". Raises BadInput for a part that can't be used, before any is read."""
     index, kinds = read_json(folder / "model_index.json"), {}
-    for nth, needed in zip(("", "_2", "_3"), TEXT_ENCODERS[family]):
-        encoder, tokenizer = ((index.get(name + nth) or [None])[-1] for name in ("text_encoder", "tokenizer"))
-        if nth == "_3" and encoder is None:  # SD3 without T5
+    for suffix, needed in zip(("", "_2", "_3"), TEXT_ENCODERS[family]):
+        encoder, tokenizer = ((index.get(name + suffix) or [None])[-1] for name in ("text_encoder", "tokenizer"))
+        if suffix == "_3" and encoder is None:  # SD3 without T5
             continue
         if encoder != needed or tokenizer is None:
-            line = f"{folder}: text_encoder{nth} is {encoder}, and tokenizer{nth} {tokenizer}, in model_index.json"
+            line = (
+                f"{folder}: text_encoder{suffix} is {encoder}, and tokenizer{suffix} {tokenizer}, in model_index.json"
+            )
             raise BadInput(f"{line}; a {needed} and its tokenizer are needed")
-        source = folder / f"tokenizer{nth}"
+        source = folder / f"tokenizer{suffix}"
         read_json(source / "tokenizer_config.json")
         words = [file for file in VOCABULARIES if (source / file).exists()]
         if not words:
             raise BadInput(f"{source} holds none of {', '.join(VOCABULARIES)}: download it again")
         if words[0] in VOCABULARIES[2:] and not importlib.util.find_spec("sentencepiece"):
             raise BadInput(f"{source}: to read {words[0]}, pip install sentencepiece")
-        source = folder / f"text_encoder{nth}"
+        source = folder / f"text_encoder{suffix}"
         if read_json(source / "config.json").get("quantization_config"):
             raise BadInput(f"{source} has a quantization_config: take the one that is not quantized")
-        kinds[nth] = encoder, tokenizer
+        kinds[suffix] = encoder, tokenizer
     return kinds
 
 
@@ -1515,12 +1511,12 @@ class TextEncoders:
         self.family, self.device, self.instruction = family, device, instruction
         self.parts: dict[str, tuple] = {}  # tokenizer and encoder, by the end of their names
         self.warned: set[str] = set()
-        for nth, (encoder, tokenizer) in check_text(folder, family).items():
-            source = folder / f"text_encoder{nth}"
+        for suffix, (encoder, tokenizer) in check_text(folder, family).items():
+            source = folder / f"text_encoder{suffix}"
             variant = re.search(r"(fp16|bf16)\b", weight_files(source, "model")[0].name)
             net = pretrained_network(encoder, source, variant=variant and variant[0], dtype=dtype).to(device)
             # Gemma's own padding is on the left.
-            self.parts[nth] = from_pretrained(tokenizer, folder / f"tokenizer{nth}", padding_side="right"), net
+            self.parts[suffix] = from_pretrained(tokenizer, folder / f"tokenizer{suffix}", padding_side="right"), net
         self.width = read_json(folder / "transformer" / "config.json").get("joint_attention_dim", 4096)
 
     @torch.no_grad()
@@ -1537,7 +1533,7 @@ class TextEncoders:
             output, mask = self.encode("", texts, length + added, masked=True, use_cache=False)
             keep = [0, *range(added + 1, length + added)]
             return {"text": output.last_hidden_state[:, keep], "mask": mask[:, keep]}
-        clips = [self.encode(nth, prompts, CLIP_LENGTH, output_hidden_states=True)[0] for nth in ("", "_2")]
+        clips = [self.encode(suffix, prompts, CLIP_LENGTH, output_hidden_states=True)[0] for suffix in ("", "_2")]
         text = torch.cat([clip.hidden_states[-2] for clip in clips], -1)
         text = F.pad(text, (0, self.width - text.shape[-1]))
         t5 = text.new_zeros(len(prompts), length, self.width)
@@ -1545,19 +1541,19 @@ class TextEncoders:
             t5 = self.encode("_3", prompts, length)[0].last_hidden_state
         return {"text": torch.cat([text, t5], 1), "pooled": torch.cat([clip.text_embeds for clip in clips], -1)}
 
-    def encode(self, nth: str, texts: list[str], length: int, masked: bool = False, **options: bool) -> tuple:
-        """Returns the output of text encoder nth ("", "_2", "_3") for texts of `length` tokens, and
+    def encode(self, suffix: str, texts: list[str], length: int, masked: bool = False, **options: bool) -> tuple:
+        """Returns the output of text encoder suffix ("", "_2", "_3") for texts of `length` tokens, and
         the tokens' mask, [B, length]. Raises BadInput if the output is not finite."""
-        tokenizer, net = self.parts[nth]
+        tokenizer, net = self.parts[suffix]
         over = max(map(len, tokenizer(texts, verbose=False).input_ids)) - length
-        if over > 0 and nth not in self.warned:
-            warnings.warn(f"prompts are cut: text_encoder{nth} reads {length} tokens, {over} too many")
-            self.warned.add(nth)
+        if over > 0 and suffix not in self.warned:
+            warnings.warn(f"prompts are cut: text_encoder{suffix} reads {length} tokens, {over} too many")
+            self.warned.add(suffix)
         batch = tokenizer(texts, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
         ids, mask = batch.input_ids.to(self.device), batch.attention_mask.to(self.device)
         output = net(ids, attention_mask=mask if masked else None, **options)
-        for x in (*output.get("hidden_states", ()), *(x for x in output.values() if isinstance(x, Tensor))):
-            check_finite(x, f"text_encoder{nth}")
+        for x in filter(torch.is_tensor, output.values()):
+            check_finite(x, f"text_encoder{suffix}")
         return output, mask
 
 
@@ -1799,13 +1795,13 @@ def load_student(folder_or_hub_id: str | Path, teacher: Teacher, mapped: bool = 
     folder = folder / "transformer" if (folder / "transformer").is_dir() else folder
     config, expected, kind = read_json(folder / "config.json"), teacher.dit.config, type(teacher.dit)
     defaults = {name: p.default for name, p in inspect.signature(kind).parameters.items()}
-    own = ("guidance_embeds", "timestep_scale", "sample_size")  # Sprint's students may differ in these
-    for key in ("_class_name", *(key for key in defaults if key not in own)):
-        mine, its = (defaults.get(key) if x.get(key) is None else x[key] for x in (config, expected))
+    free = ("guidance_embeds", "timestep_scale", "sample_size")  # Sprint's students may differ in these
+    for key in ("_class_name", *(key for key in defaults if key not in free)):
+        own, other = (defaults.get(key) if x.get(key) is None else x[key] for x in (config, expected))
         if key == "_class_name":  # the authors' data-aided students are ...WithEncoder
-            mine = str(mine).removesuffix("WithEncoder")
-        if json.dumps(mine) != json.dumps(its):
-            raise BadInput(f"{folder} is another teacher's student: {key} is {mine}, and {teacher.name}'s {its}")
+            own = str(own).removesuffix("WithEncoder")
+        if json.dumps(own) != json.dumps(other):
+            raise BadInput(f"{folder} is another teacher's student: {key} is {own}, and {teacher.name}'s {other}")
     net = load_network(folder, kind, teacher.device, teacher.dtype, mapped, _class_name=expected["_class_name"])
     net.guidance = net.student_guidance
     return net
@@ -1838,23 +1834,17 @@ class Float32Adam(torch.optim.Optimizer):
             if w.dtype != wide.dtype:
                 self.state[w]["copy"] = wide
                 if accumulate and local(w) is w:
-                    w.register_post_accumulate_grad_hook(self.add_gradient)
-
-    def add_gradient(self, w: Tensor) -> None:
-        """Adds the gradient of one part of a batch to the float32 sum, and frees it."""
-        self.state[w]["gradient"] = w.grad.float() + self.state[w].get("gradient", 0)
-        w.grad = None
+                    w.grad_dtype = wide.dtype
 
     @torch.no_grad()
     def step(self) -> None:
         for group in self.param_groups:
             for w in group["params"]:
-                state = self.state[w]
-                gradient = state.pop("gradient", w.grad)
-                if gradient is None:
+                if w.grad is None:
                     continue
+                state = self.state[w]
                 v, wide, applied = state["exp_avg_sq"], state.get("copy", local(w)), 1 - self.found_inf
-                g = torch.where(applied > 0, widen(local(gradient)), 0)
+                g = torch.where(applied > 0, widen(local(w.grad)), 0)
                 state["step"] += applied
                 v.lerp_(g * g, (1 - group["beta2"]) * applied.to(v))
                 bias = -torch.expm1(state["step"].clamp(min=1) * math.log(group["beta2"]))  # 1 - beta2^step
@@ -1905,7 +1895,7 @@ def trainable_weights(net: nn.Module) -> list[nn.Parameter]:
     return [w for m in adapters for w in (m.lora_A.weight, m.lora_B.weight)] or [*net.parameters()]
 
 
-DIVERGED = "training diverged; the last state is whole: try a smaller --lr", FloatingPointError
+DIVERGED = "training diverged; the last state is whole: try a smaller --lr"
 
 
 def save_student(net: nn.Module, teacher: Teacher | None, folder: str | Path) -> None:
@@ -1928,7 +1918,7 @@ def save_student(net: nn.Module, teacher: Teacher | None, folder: str | Path) ->
             W = weights[f"{name}.weight"]
             weights[f"{name}.weight"] = (widen(W) + widen(B) @ widen(A)).to("cpu", W.dtype)
     for key, x in (weights | adapters).items():
-        check_finite(x, f"the student's {key}", *DIVERGED)
+        check_finite(x, f"the student's {key}", DIVERGED, FloatingPointError)
     folder, dtype = Path(folder), teacher.dtype if teacher else None
     folder.mkdir(parents=True, exist_ok=True)
     for name, tensors in (("pytorch_lora_weights", adapters), ("diffusion_pytorch_model", weights)):
@@ -1945,6 +1935,8 @@ def recompute_blocks(net: nn.Module) -> None:
     """Applies activation checkpointing: a block keeps its input only, and backward reruns it."""
     from torch.utils.checkpoint import checkpoint
 
+    # With cuDNN's attention it makes an illegal memory access (H200, torch 2.11).
+    torch.backends.cuda.enable_cudnn_sdp(False)
     for block in blocks_of(net):
         # torch.compile can trace this function. Blocks use no random numbers: no state is kept.
         def forward(*inputs: object, original: Callable = block.forward):
@@ -2007,13 +1999,8 @@ def three_networks(
         nets = [copy.deepcopy(net) if net is teacher.dit else net for net in nets]
     if compiled:  # gradients of inputs and weights, on or off, and two batch sizes: each case recompiles
         torch._dynamo.config.recompile_limit = 64
-    recompute = recompute and device.type == "cuda"
-    if recompute:  # else cuDNN's attention makes an illegal memory access (H200, torch 2.11)
-        torch.backends.cuda.enable_cudnn_sdp(False)
-        if rank_and_world()[0] == 0:
-            print("blocks are recomputed; --keep-activations is faster where memory allows", file=sys.stderr)
     for net in (teacher.dit, *nets):
-        if recompute:
+        if recompute and device.type == "cuda":
             recompute_blocks(net)
         for block in blocks_of(net) if compiled else ():  # so that blocks of one shape share kernels
             block.compile()
@@ -2057,7 +2044,7 @@ def save_state(folder: Path, iteration: int, trained: dict, rng: torch.Generator
     for role, of in trained.items():
         tensors = {key: x.cpu().contiguous() for key, x in state_of(*of).items()}
         for key, x in tensors.items():
-            check_finite(x, f"the {role}'s {key}", *DIVERGED)
+            check_finite(x, f"the {role}'s {key}", DIVERGED, FloatingPointError)
         write(new / f"{rank}-{role}.safetensors", partial(save_file, tensors | {":random": rng.get_state()}))
     if world > 1:
         torch.distributed.barrier()
@@ -2070,7 +2057,7 @@ def save_state(folder: Path, iteration: int, trained: dict, rng: torch.Generator
 
 def load_state(folder: Path, trained: dict, rng: torch.Generator, origin: dict) -> None:
     """Copies a saved state into the networks, their optimizers and rng. Raises BadInput for a state
-    of another origin, and for one that can't be read."""
+    of another origin or other networks, and for one that can't be read."""
     from safetensors.torch import load_file
 
     notes = read_json(folder / "state.json")
@@ -2079,11 +2066,14 @@ def load_state(folder: Path, trained: dict, rng: torch.Generator, origin: dict) 
             raise BadInput(f"--resume: the run had another {what} ({notes.get(what)}, not {x}): restore it")
     for role, of in trained.items():
         file = folder / f"{notes['iteration']:07d}" / f"{rank_and_world()[0]}-{role}.safetensors"
-        with reading(file):
+        present = state_of(*of) | {":random": rng.get_state()}
+        with reading(file, "give another --out to start again"):
             saved = load_file(file)
-            for key, x in state_of(*of).items():
-                x.copy_(saved[key])
-            rng.set_state(saved[":random"])
+        if {key: x.shape for key, x in saved.items()} != {key: x.shape for key, x in present.items()}:
+            raise BadInput(f"--resume: {file} is of another network or device")
+        for key, x in present.items():
+            x.copy_(saved[key])
+        rng.set_state(saved[":random"])
 
 
 def move(nets: Iterable[nn.Module], optimizers: Iterable[torch.optim.Optimizer], where: str | torch.device) -> None:
@@ -2132,7 +2122,7 @@ def sample_pixels(teacher: Teacher, sampler: Callable, z: Tensor, cond: dict, se
     """Returns the pictures of sampler(z, cond, rng) as numpy [B, H, W, 3] of bytes. Raises
     FloatingPointError if the latents are not finite."""
     x = sampler(z, cond, rng=torch.Generator().manual_seed(seed))
-    return to_pixels(teacher.decode(check_finite(x, "what the student generates", *DIVERGED)))
+    return to_pixels(teacher.decode(check_finite(x, "what the student generates", DIVERGED, FloatingPointError)))
 
 
 class CLIP:
@@ -2140,10 +2130,10 @@ class CLIP:
     the Hub by its id. Raises BadInput if it can't be loaded."""
 
     def __init__(self, name_or_folder: str | Path, device: str = "cpu"):
-        self.name = name_or_folder
-        self.net = pretrained_network("AutoModel", name_or_folder).to(device)
-        self.processor = from_pretrained("AutoImageProcessor", name_or_folder)
-        self.tokenizer = from_pretrained("AutoTokenizer", name_or_folder)
+        self.name, folder = name_or_folder, resolve(name_or_folder, CLIP_MODEL)
+        self.net = pretrained_network("AutoModel", folder).to(device)
+        self.processor = from_pretrained("AutoImageProcessor", folder)
+        self.tokenizer = from_pretrained("AutoTokenizer", folder)
 
     @torch.no_grad()
     def embed(self, pictures: Sequence | None = None, prompts: list[str] | None = None) -> Tensor:
@@ -2194,8 +2184,8 @@ class Evaluation:
     of each prompt of this process, and seconds a picture. The seed and the prompt's place fix its
     noise, for any number of processes. All processes that share networks must call it.
 
-    prompts: those to choose from; if there are none, they are composed. pictures: their number,
-    SEEDS of a prompt. clip: a CLIP's folder or Hub id. Raises BadInput for too few prompts."""
+    prompts: those to choose from, or none, to compose them. pictures: how many, SEEDS of a prompt.
+    clip: a CLIP's folder or Hub id. Raises BadInput for fewer than 3 prompts."""
 
     def __init__(self, teacher: Teacher, clip: str, prompts: list[str], pictures: int, seed: int):
         count = -(-pictures // SEEDS)
@@ -2277,7 +2267,12 @@ def read_captions(folder: Path) -> tuple[list[str], list[Path]]:
     if not pairs:
         raise BadInput(f"--data {folder} is no folder of images with captions")
     without = len({*images} - {image for image, _ in pairs})
-    left_out = {"without": without, "of other kinds": others, "hidden": hidden, "unreadable folders": len(unreadable)}
+    left_out = {
+        "without a caption": without,
+        "of other kinds": others,
+        "hidden": hidden,
+        "unreadable folders": len(unreadable),
+    }
     left = ", ".join(f"{count:,} {why}" for why, count in left_out.items() if count)
     if left and rank_and_world()[0] == 0:
         print(f"{folder}: {len(pairs):,} images with captions; left out: {left}", file=sys.stderr)
@@ -2292,11 +2287,9 @@ def epoch_order(total: int, seed: str, epoch: int) -> list[int]:
 
 def encode(items: Sequence, encoder: Callable, device: str | torch.device = "cpu") -> dict[str, Tensor]:
     """Applies `encoder` to BATCH items at a time. Returns one row per item, on `device`."""
-    rows, title = [], {"desc": "encoding", "leave": False, "delay": 1}
-    with tqdm(total=len(items), disable=rank_and_world()[0] > 0, **title) as bar:
-        for some in (items[i : i + BATCH] for i in range(0, len(items), BATCH)):
-            rows.append({key: x.to(device) for key, x in encoder(some).items()})
-            bar.update(len(some))
+    quiet = {"leave": False, "delay": 1, "disable": rank_and_world()[0] > 0}
+    starts = tqdm(range(0, len(items), BATCH), "encoding", unit=f" x {BATCH}", **quiet)
+    rows = [{key: x.to(device) for key, x in encoder(items[i : i + BATCH]).items()} for i in starts]
     return {key: torch.cat([row[key] for row in rows]) for key in (rows[0] if rows else ())}
 
 
@@ -2365,7 +2358,7 @@ class Inputs:
             rows = {key: x.pin_memory() for key, x in rows.items()}
         return {key: x.to(device, non_blocking=device.type == "cuda") for key, x in rows.items()}
 
-    def batches(self, start: int, move: Callable[[str], None]) -> Iterator[tuple[dict, tuple | None]]:
+    def batches(self, start: int, move: Callable) -> Iterator[tuple[dict, tuple | None]]:
         """Yields (cond, real) on the device, from iteration `start` on, which is prepared. With
         images, real is (x_0, its own cond), where x_0 is sampled from the autoencoder's posterior.
         For the generator's batches real is None. move("cpu") makes room for the text encoders."""
@@ -2527,7 +2520,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--guidance", type=float, nargs="+", metavar="G", help=three)
     add("--embedded-guidance", type=float, help="FLUX: for teacher and fake network (3.5); its students use 1")
     add("--seed", type=int, default=0, help="fixes prompts, their order and all noise (%(default)s)")
-    path("--out", metavar="FOLDER", help="the run's folder (runs/NAME, runs/NAME-data); with --sample, a picture")
+    path("--out", metavar="FOLDER", help="the run's folder (runs/NAME); with --sample, a .png or a folder of them")
     add("--device", choices=("cuda", "mps", "cpu"), help="(the first of these that this machine has)")
     add("--dtype", choices=("bf16", "fp32"), help="dtype of all networks (bf16 on cuda, else fp32)")
     path("--instruction", metavar="FILE", help="SANA: the text before every prompt (diffusers'); none: no text")
@@ -2624,7 +2617,7 @@ def settle(args: argparse.Namespace) -> tuple[argparse.Namespace, Teacher, nn.Mo
     return argparse.Namespace(**(vars(args) | decided)), teacher, student
 
 
-def say_memory(teacher: Teacher, parts: dict[str, float]) -> None:
+def check_memory(teacher: Teacher, parts: dict[str, float]) -> None:
     """Prints the memory that a run takes, by part. Raises BadInput if the device has less."""
     needed, have = sum(parts.values()), math.inf
     if teacher.device.type == "cuda":
@@ -2643,8 +2636,8 @@ def say_memory(teacher: Teacher, parts: dict[str, float]) -> None:
 
 def sample(args: argparse.Namespace, teacher: Teacher, student: nn.Module | None) -> None:
     """Runs --sample: pictures of prompts, by the teacher's own sampler or by a student. If --out is
-    a .png, there is one for each prompt, and a grid. Else it is a folder of numbered pictures.
-    Prompts are encoded a stretch at a time."""
+    a .png, there is one for each prompt, and a grid of the first eight. Else it is a folder of
+    numbered pictures. Prompts are encoded a stretch at a time."""
     from PIL import Image
 
     if rank_and_world()[0] > 0:  # only the first process samples
@@ -2656,7 +2649,7 @@ def sample(args: argparse.Namespace, teacher: Teacher, student: nn.Module | None
         raise BadInput(f"--out {out}: give the name of a .png, or of a folder")
     (out if in_folder else out.parent).mkdir(parents=True, exist_ok=True)
     net = student or teacher.dit
-    say_memory(teacher, {"weights": sum(w.numel() for w in net.parameters()) * teacher.dtype.itemsize})
+    check_memory(teacher, {"weights": sum(w.numel() for w in net.parameters()) * teacher.dtype.itemsize})
     sampler = partial(generate, net, steps=args.steps, noise=args.noise)
     if not student:
         if teacher.scheduler["_class_name"] == DPM:
@@ -2679,8 +2672,8 @@ def sample(args: argparse.Namespace, teacher: Teacher, student: nn.Module | None
                 to_device(net, device, teacher.dtype)
             one = {key: x[[i % STRETCH]].to(device) for key, x in cond.items()}
             pixels = sample_pixels(teacher, sampler, noise_like(template, rng), one, args.seed + 1)[0]
-            file = out if len(prompts) == 1 else out.with_stem(f"{out.stem}-{i + 1}")
-            file = out / f"{i + 1:05d}.png" if in_folder else file
+            names = out / f"{i + 1:05d}.png", out.parent / f"{out.stem}-{i + 1}.png"
+            file = names[0] if in_folder else names[1] if len(prompts) > 1 else out
             write(file, partial(Image.fromarray(pixels).save, format="PNG"))
             print(file)
             pictures += [pixels] if len(pictures) < 8 else []
@@ -2694,7 +2687,7 @@ def evaluate(args: argparse.Namespace, teacher: Teacher, student: nn.Module) -> 
     given = read_prompts(args.prompts) if args.prompts else read_captions(Path(args.data))[0] if args.data else []
     out, evaluation = Path(args.out), Evaluation(teacher, args.clip, given, args.num, args.seed)
     prompts = evaluation.prompts
-    say_memory(teacher, {"weights": 2 * sum(w.numel() for w in student.parameters()) * teacher.dtype.itemsize})
+    check_memory(teacher, {"weights": 2 * sum(w.numel() for w in student.parameters()) * teacher.dtype.itemsize})
     out.mkdir(parents=True, exist_ok=True)
     uncond, cond = encode([""], teacher.encode_prompts, teacher.device), encode(prompts, teacher.encode_prompts)
     teacher.forget_text()
@@ -2762,9 +2755,9 @@ class Log:
 
 @contextlib.contextmanager
 def signals() -> Iterator[list[int]]:
-    """Appends Ctrl-C, SIGTERM or SIGHUP to a list, which is checked after each iteration. (The
-    terminal sends SIGHUP when it closes; under nohup it stays ignored.) A second one ends the
-    process, but not under torchrun, which repeats signals that its processes already have."""
+    """Appends Ctrl-C, SIGTERM or SIGHUP to a list, which is checked after each iteration. Ignored
+    signals stay ignored (SIGHUP under nohup). A second signal ends the process, but not under
+    torchrun, which sends each signal twice."""
     caught: list[int] = []
     with contextlib.ExitStack() as former:
 
@@ -2773,15 +2766,14 @@ def signals() -> Iterator[list[int]]:
             if rank_and_world()[1] == 1:
                 former.close()
 
-        hangup = getattr(signal, "SIGHUP", signal.SIGTERM)
-        ignored = {hangup} if signal.getsignal(hangup) == signal.SIG_IGN else set()
-        for number in {signal.SIGINT, signal.SIGTERM, hangup} - ignored:
-            former.callback(signal.signal, number, signal.signal(number, catch))
+        for number in {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}:
+            if signal.getsignal(number) != signal.SIG_IGN:
+                former.callback(signal.signal, number, signal.signal(number, catch))
         yield caught
 
 
-def largest(number: int) -> int:
-    """Returns all processes' largest number. The CPU compares them and waits for no device."""
+def max_over_processes(number: int) -> int:
+    """Returns the largest number of all processes. The CPU compares them and waits for no device."""
     x = torch.tensor(number)
     if rank_and_world()[1] > 1:
         torch.distributed.all_reduce(x, torch.distributed.ReduceOp.MAX)
@@ -2794,7 +2786,7 @@ def begin_run(out: Path, args: argparse.Namespace) -> int:
     out.mkdir(parents=True, exist_ok=True)
     state = out / "state" / "state.json"
     with reading(state, "it is no state of a run: give another --out to start again"):
-        first = read_json(state)["iteration"] if args.resume and state.is_file() else 0
+        first = int(read_json(state)["iteration"]) if args.resume and state.is_file() else 0
     if first > args.iters:
         raise BadInput(f"--iters {args.iters}: the run in {out} has had {first} iterations")
     if rank_and_world()[0] == 0:
@@ -2817,7 +2809,7 @@ def train(args: argparse.Namespace, teacher: Teacher, start: nn.Module | None) -
     prompts, files = read_captions(Path(args.data)) if args.data else ([], [])
     prompts = read_prompts(args.prompts) if args.prompts else prompts
     evaluation = Evaluation(teacher, args.clip, prompts, args.num, args.seed) if args.evaluate_every else None
-    say_memory(teacher, training_memory(teacher, args.lora, args.accumulate, bool(start)))
+    check_memory(teacher, training_memory(teacher, args.lora, args.accumulate, bool(start)))
     first = begin_run(out, args)
 
     # Encode prompts, and free the text encoders, before the networks move to the device.
@@ -2830,8 +2822,8 @@ def train(args: argparse.Namespace, teacher: Teacher, start: nn.Module | None) -
     # The state of the run is three networks, two optimizers and a random generator.
     torch.manual_seed(args.seed)  # fixes the adapters' first weights
     student, fake = three_networks(teacher, start, args.lora, not args.keep_activations, args.compile)
-    origin = {"teacher": fingerprint(teacher.dit), "first student": fingerprint(student), "number of processes": world}
-    origin = {f"--{name}": getattr(args, name) for name in ("lora", "dtype", "device")} | origin
+    origin = {"number of processes": world} | {f"--{name}": getattr(args, name) for name in ("lora", "dtype", "device")}
+    origin |= {"teacher": fingerprint(teacher.dit), "first student": fingerprint(student)}
     adam = partial(Float32Adam, accumulate=args.accumulate > 1)
     trained = {"student": (student, adam(trainable_weights(student), lr=args.lr))}
     trained["fake"] = fake, adam(trainable_weights(fake), lr=args.fake_lr or args.lr)
@@ -2869,12 +2861,12 @@ def train(args: argparse.Namespace, teacher: Teacher, start: nn.Module | None) -
     with signals() as caught, bar:
         for measured in loop:
             done = measured["iteration"] + 1
-            last, halt = done == args.iters, largest(caught[0] if caught else 0)
+            last, halt = done == args.iters, max_over_processes(caught[0] if caught else 0)
             saves = last or done % args.save_every == 0
             if evaluation and (last or done % args.evaluate_every == 0):
                 measured["scores"], *_ = evaluation(student_sampler, "evaluation")
                 former = (row["scores"]["cmmd"][0] for row in log.rows if "scores" in row)
-                if largest(rank == 0 and measured["scores"]["cmmd"][0] < min(former, default=math.inf)):
+                if max_over_processes(rank == 0 and measured["scores"]["cmmd"][0] < min(former, default=math.inf)):
                     save_student(student, teacher, out / "student-best")
             bar.update(per_iteration)
             if summary := log.add(measured, read="scores" in measured or saves or halt):

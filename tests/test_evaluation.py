@@ -371,7 +371,7 @@ def test_bad_input_is_one_line(command, pipeline, clip_folder, files, tmp_path, 
         "with a sample": ([*student, "--evaluate", "--sample", "a fox"], "not allowed with"),
         "few": ([*student, "--evaluate", "--num", 8], "an evaluation needs 3 prompts or more"),
         "few prompts": ([*student, "--evaluate"], "an evaluation needs 3 prompts or more"),
-        "no clip": ([*student, "--evaluate", "--clip", "nowhere/clip"], "nowhere/clip can't be read"),
+        "no clip": ([*student, "--evaluate", "--clip", "nowhere/clip"], "nowhere/clip can't be had from the Hub"),
         "another network": ([*student, "--evaluate", "--clip", pipeline("sana") / "text_encoder"], "text_encoder"),
         "truncated": (
             lambda: [*student, "--evaluate", "--clip", broken_clip(clip_folder, tmp_path / "clip")],

@@ -369,6 +369,18 @@ def test_the_lines_of_a_file_are_numbered_pictures(pipeline, run, monkeypatch, c
     assert alike(drawn[0], pixels(tmp_path / "single.png")) and not alike(drawn[0], drawn[1])
 
 
+def test_a_folder_or_a_png_holds_the_pictures(pipeline, run, monkeypatch, tmp_path):
+    """The grid beside the pictures of a .png shows the first eight."""
+    monkeypatch.chdir(tmp_path)
+    columns = []
+    monkeypatch.setattr(sid_fm, "plot_images", lambda file, rows, prompts: columns.append(len(prompts)))
+    (tmp_path / "nine.txt").write_text("\n".join(f"{i} foxes" for i in range(9)))
+    for out, sample in {"one": "a fox", ".": "a fox", "grid.png": "@nine.txt"}.items():
+        run(pipeline("sd3-medium"), "--steps", 1, "--sample", sample, "--out", out)
+    pictures = {"one/00001.png", "00001.png", *(f"grid-{i}.png" for i in range(1, 10))}
+    assert {str(file.relative_to(tmp_path)) for file in tmp_path.rglob("*.png")} == pictures and columns == [8]
+
+
 @pytest.mark.parametrize("who", ["teacher", "student"])
 def test_more_lines_than_a_stretch_are_encoded_a_stretch_at_a_time(pipeline, run, monkeypatch, tmp_path, who):
     """The text encoders have left whenever the network is there, and the pictures are the same."""
