@@ -148,9 +148,9 @@ def equal_snr(x_t: Tensor, t: Tensor, src: str, dst: str) -> tuple[Tensor, Tenso
     """Maps (x_t, t) to (X_u, u) on path dst, where a(t)/s(t) = A(u)/S(u) and X_u = (S/s) x_t. At
     equal signal-to-noise ratio the variables of two paths differ by a scale only. D is the same.
 
-    A, S are a, s of dst. x_t: [B, ...]; t: [B], above 0. The factor is S/s because A/a is 0/0 at pure noise, where
-    generation starts. The paths vp and ve end at Rectified Flow t = 0.99347 and 0.98765. Later
-    times are clamped to these ends, and D is then approximate."""
+    x_t: [B, ...]; t: [B], above 0. A, S are dst's a, s. The factor is S/s because A/a is 0/0 at
+    pure noise, where generation starts. The paths vp and ve end at Rectified Flow t = 0.99347 and
+    0.98765. Later times are clamped to these ends, and D is then approximate."""
     a, s, _, _ = path_terms(t, src)
     u = time_at(a, s, dst)
     _, S, _, _ = path_terms(u, dst)
@@ -196,12 +196,14 @@ def guided(
     Returns v: [B, ...] and, with features=True, the pooled hidden states [B, channels] of the
     conditional half, else None. uncond may have one row for the whole batch. A key that it lacks is
     taken from cond. Raises ValueError if guidance is not 1 and cond or uncond is None."""
+    if guidance != 1:
+        if cond is None or uncond is None:
+            raise ValueError(f"guidance {guidance} needs cond and uncond")
+        x_t, t = torch.cat([x_t, x_t]), torch.cat([t, t])
+        cond = {key: torch.cat([x, uncond.get(key, x).expand_as(x)]) for key, x in cond.items()}
+    v, hidden = net(x_t, t, cond, features=True) if features else (net(x_t, t, cond), None)
     if guidance == 1:
-        return net(x_t, t, cond, features=True) if features else (net(x_t, t, cond), None)
-    if cond is None or uncond is None:
-        raise ValueError(f"guidance {guidance} needs cond and uncond")
-    both = {key: torch.cat([x, uncond.get(key, x).expand_as(x)]) for key, x in cond.items()}
-    v, hidden = guided(net, torch.cat([x_t, x_t]), torch.cat([t, t]), both, None, 1.0, features)
+        return v, hidden
     v_cond, v_uncond = v.chunk(2)
     return v_uncond + guidance * (v_cond - v_uncond), hidden if hidden is None else hidden.chunk(2)[0]
 
@@ -236,7 +238,7 @@ WEIGHTS = {
 
 
 def loss_weight(weight: str | Tensor, t: Tensor, x_g: Tensor, d_real: Tensor) -> Tensor:
-    """Returns w(t): [B] by name, without gradient, or w itself. Raises ValueError for an unknown name."""
+    """Returns w(t): [B], without gradient, by name, or w itself. Raises ValueError."""
     if isinstance(weight, Tensor):
         return weight
     check_choice("weight", weight, WEIGHTS)
@@ -413,8 +415,8 @@ def backward(loss: Tensor, net: nn.Module, last: bool) -> None:
 
 def take_step(optimizer: torch.optim.Optimizer) -> Tensor:
     """Takes one optimizer step, or skips it if the gradient is not finite, and clears the
-    gradients. Returns 1 if it was skipped, else 0, as a tensor on the device. Fused optimizers and
-    Float32Adam (chapter 8) read it there. Others make the host wait."""
+    gradients. Returns 1 if it was skipped, else 0, as a tensor on the device. Fused optimizers read
+    it there. Others make the host wait."""
     gradients = [w.grad for group in optimizer.param_groups for w in group["params"] if w.grad is not None]
     norm = torch.nn.utils.get_total_norm(gradients)
     norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # over all shards
@@ -461,8 +463,8 @@ def distill(
     and fake network as copies of the teacher (data-aided: the student as a data-free run left it).
 
     An iteration makes `fake_updates` updates of the fake network and one of the generator. Each
-    update follows the mean loss of `accumulate` new batches. The loop ends after iteration `iters` -
-    1, or with `batches`.
+    update follows the mean loss of `accumulate` new batches. Iterations are counted from `start` to
+    `iters` - 1. The loop also ends when `batches` does.
 
     optimizers: the student's and the fake network's. All weights that neither holds are frozen.
     batches: yields (cond, real). cond is a dict of tensors or None. real is None or, data-aided, a
@@ -504,7 +506,7 @@ def distill(
         if len(parts) < (fake_updates + 1) * accumulate:
             return
         *fake_parts, student_parts = (parts[i : i + accumulate] for i in range(0, len(parts), accumulate))
-        # x_g is output k of a K-step run. k is uniform: the mixture of outputs is matched to the teacher.
+        # x_g is output k of K steps. k is uniform: the mixture of outputs is matched to the teacher.
         k = sample_k(steps, iteration, rng)
         measured: dict = defaultdict(list)  # by each part
         skipped, aided = 0.0, parts[0][1] is not None
@@ -1542,8 +1544,8 @@ class TextEncoders:
         return {"text": torch.cat([text, t5], 1), "pooled": torch.cat([clip.text_embeds for clip in clips], -1)}
 
     def encode(self, suffix: str, texts: list[str], length: int, masked: bool = False, **options: bool) -> tuple:
-        """Returns the output of text encoder suffix ("", "_2", "_3") for texts of `length` tokens, and
-        the tokens' mask, [B, length]. Raises BadInput if the output is not finite."""
+        """Returns the output of the text encoder with this suffix ("", "_2", "_3"), and the mask of
+        its tokens, [B, length]. Raises BadInput if the output is not finite."""
         tokenizer, net = self.parts[suffix]
         over = max(map(len, tokenizer(texts, verbose=False).input_ids)) - length
         if over > 0 and suffix not in self.warned:
@@ -1853,8 +1855,8 @@ class Float32Adam(torch.optim.Optimizer):
 
 
 def blocks_of(net: nn.Module) -> list[nn.Module]:
-    """Returns the blocks of a backbone, which are all that its ModuleLists hold. They are recomputed,
-    gathered, compiled and adapted one at a time."""
+    """Returns the blocks of a backbone, which are all that its ModuleLists hold. They are
+    recomputed, gathered, compiled and adapted one at a time."""
     return [block for part in net.children() if isinstance(part, nn.ModuleList) for block in part]
 
 
@@ -2195,7 +2197,9 @@ class Evaluation:
         self.teacher, self.seed, self.clip = teacher, seed, CLIP(clip, teacher.device)
         self.texts = self.clip.embed(prompts=self.prompts)
 
-    def start(self, cond: dict[str, Tensor], latent_shape: tuple[int, int, int], teacher_sampler: Callable) -> None:
+    def sample_reference(
+        self, cond: dict[str, Tensor], latent_shape: tuple[int, int, int], teacher_sampler: Callable
+    ) -> None:
         """Samples the reference from the teacher, with other noise. cond: in host memory"""
         self.cond, self.template = cond, torch.empty(SEEDS, *latent_shape, device=self.teacher.device)
         self.reference, *_ = self.sample(teacher_sampler, self.seed + 1, "reference")
@@ -2240,7 +2244,7 @@ STRETCH = 1024  # a stretch has at least this many prompts of each process, and 
 def read_captions(folder: Path) -> tuple[list[str], list[Path]]:
     """Returns the captions of the images in a folder and its subfolders, of every kind that Pillow
     reads, and the images. Captions are in metadata.jsonl (file_name, text) or else in .txt files of
-    the same names. Prints what is left out. Raises BadInput for a wrong index and if there are none."""
+    the same names. Prints what is left out. Raises BadInput for a wrong index or no captions."""
     from PIL import Image
 
     kinds = {end for end, kind in Image.registered_extensions().items() if kind in Image.OPEN}
@@ -2268,7 +2272,7 @@ def read_captions(folder: Path) -> tuple[list[str], list[Path]]:
         raise BadInput(f"--data {folder} is no folder of images with captions")
     without = len({*images} - {image for image, _ in pairs})
     left_out = {
-        "without a caption": without,
+        "uncaptioned": without,
         "of other kinds": others,
         "hidden": hidden,
         "unreadable folders": len(unreadable),
@@ -2694,7 +2698,7 @@ def evaluate(args: argparse.Namespace, teacher: Teacher, student: nn.Module) -> 
     for net in (teacher.dit, student):
         to_device(net, teacher.device, teacher.dtype)
     teacher_sampler = partial(teacher.sample, uncond=uncond, guidance=args.guidance[-1])
-    evaluation.start(cond, teacher.latent_shape(args.resolution), teacher_sampler)
+    evaluation.sample_reference(cond, teacher.latent_shape(args.resolution), teacher_sampler)
     samplers = {("teacher", teacher.steps): teacher_sampler}
     for n in sorted({1, 2, 4, args.steps}):
         samplers["student", n] = partial(generate, student, steps=n, noise=args.noise)
@@ -2706,9 +2710,7 @@ def evaluate(args: argparse.Namespace, teacher: Teacher, student: nn.Module) -> 
         pictures[title] = shown[:4]
     if rank > 0:
         return
-    print(
-        f"{SEEDS * len(prompts)} pictures a row, {SEEDS} of a prompt; CMMD is to the teacher's from other noise; +-: errors"
-    )
+    print(f"{SEEDS * len(prompts)} pictures a row, {SEEDS} of a prompt; CMMD: to the teacher's; +-: standard errors")
     print(f"{'':8}  steps {'CLIP score':>17} {'CMMD':>17} {'diversity':>17}  s / picture")
     for row in rows:
         line = "".join(f" {row[key][0]:>8.4f} +-{row[key][1]:6.4f}" for key in MEASURES)
@@ -2732,8 +2734,8 @@ class Log:
             write(file, lambda part: part.write_text("".join(line + "\n" for line in lines), encoding="utf-8"))
 
     def add(self, measured: dict, read: bool) -> str:
-        """Adds an iteration. If `read`, or after ten of them, reads the waiting ones as means over
-        the processes, and returns a summary for the progress bar. What is not finite becomes None."""
+        """Adds an iteration. If `read`, or after ten of them, reads the waiting ones, as means over
+        the processes, and returns a summary for the progress bar. NaN and infinity become None."""
         self.waiting.append(measured)
         if not read and len(self.waiting) < 10:
             return ""
@@ -2773,7 +2775,7 @@ def signals() -> Iterator[list[int]]:
 
 
 def max_over_processes(number: int) -> int:
-    """Returns the largest number of all processes. The CPU compares them and waits for no device."""
+    """Returns the largest number of all processes. Only CPUs take part: no device is waited for."""
     x = torch.tensor(number)
     if rank_and_world()[1] > 1:
         torch.distributed.all_reduce(x, torch.distributed.ReduceOp.MAX)
@@ -2842,7 +2844,7 @@ def train(args: argparse.Namespace, teacher: Teacher, start: nn.Module | None) -
     pictures = {f"teacher, {teacher.steps} steps": preview(sampler=teacher_sampler)}
     log = Log(out / "log.jsonl", first)
     if evaluation:
-        evaluation.start(eval_cond, latents, teacher_sampler)
+        evaluation.sample_reference(eval_cond, latents, teacher_sampler)
 
     def save(done: int) -> None:
         pictures[f"student, {args.steps} steps"] = preview(sampler=student_sampler)

@@ -181,7 +181,7 @@ def teacher(pipeline):
 def evaluation_of(teacher, clip, prompts, seed=0):
     teacher.tokens, evaluation = 16, sid_fm.Evaluation(teacher, clip, prompts, 4 * len(prompts), seed)
     cond, sampler = sid_fm.encode(prompts, teacher.encode_prompts), partial(sid_fm.generate, teacher.dit, steps=1)
-    evaluation.start(cond, teacher.latent_shape(32), sampler)
+    evaluation.sample_reference(cond, teacher.latent_shape(32), sampler)
     return evaluation
 
 

@@ -296,14 +296,14 @@ def test_memory_is_shared_among_processes_and_a_start_elsewhere_is_counted(monke
     assert sum(sid_fm.training_memory(teacher, None).values()) == full / 4
 
 
-def test_every_block_is_compiled_and_may_recompile_often(monkeypatch):
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 8)
+def test_every_block_is_compiled_and_may_recompile_often():
     teacher = SimpleNamespace(dit=network("sd3"), device=torch.device("cpu"), dtype=torch.float32)
     nets = sid_fm.three_networks(teacher, None, None)
     assert not any(block._compiled_call_impl for net in (teacher.dit, *nets) for block in sid_fm.blocks_of(net))
-    nets = sid_fm.three_networks(teacher, None, None, compiled=True)
+    with torch._dynamo.config.patch(recompile_limit=8):
+        nets = sid_fm.three_networks(teacher, None, None, compiled=True)
+        assert torch._dynamo.config.recompile_limit == 64
     assert all(block._compiled_call_impl for net in (teacher.dit, *nets) for block in sid_fm.blocks_of(net))
-    assert torch._dynamo.config.recompile_limit == 64
 
 
 @pytest.mark.slow

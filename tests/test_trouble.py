@@ -516,7 +516,7 @@ def test_what_is_left_out_of_a_folder_is_counted(pipeline, run, asked, capsys, t
     run(pipeline("sana"), "--data", data)
     lines = [line for line in capsys.readouterr().err.splitlines() if "left out" in line]
     assert len(lines) == 1, lines
-    assert re.search(r"\b4 images.*left out.*\b1 without.*\b2 of other", lines[0]), lines
+    assert re.search(r"\b4 images.*left out.*\b1 uncaptioned.*\b2 of other", lines[0]), lines
     assert {*asked} == {"", *(f"picture {i}" for i in range(4))}
 
 
