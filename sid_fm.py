@@ -2241,14 +2241,15 @@ BATCH = 8  # an encoder takes this many prompts or images at a time
 STRETCH = 1024  # a stretch has at least this many prompts of each process, and 8 iterations
 
 
-def read_captions(folder: Path) -> tuple[list[str], list[Path]]:
+def read_captions(folder: str | Path) -> tuple[list[str], list[Path]]:
     """Returns the captions of the images in a folder and its subfolders, of every kind that Pillow
     reads, and the images. Captions are in metadata.jsonl (file_name, text) or else in .txt files of
     the same names. Prints what is left out. Raises BadInput for a wrong index or no captions."""
     from PIL import Image
 
     kinds = {end for end, kind in Image.registered_extensions().items() if kind in Image.OPEN}
-    files, unreadable, hidden, index = [], [], 0, folder / "metadata.jsonl"
+    files, unreadable, hidden, folder = [], [], 0, Path(folder)
+    index = folder / "metadata.jsonl"
     for where, folders, names in os.walk(folder, onerror=unreadable.append, followlinks=True):
         hidden += sum(name.startswith(".") for name in folders + names)
         folders[:] = [name for name in folders if not name.startswith(".")]
@@ -2420,11 +2421,7 @@ def plot_log(file: Path, log: list[dict]) -> None:
     import numpy as np
 
     plt = pyplot()
-    labels = {
-        "fisher": "Fisher estimate",
-        "fake_loss": "fake network's loss",
-        "loss": "loss (about 0 at alpha = 1)",
-    }
+    labels = {"fisher": "Fisher estimate", "fake_loss": "fake network's loss", "loss": "loss (about 0 at alpha = 1)"}
     labels |= {"discriminator": "discriminator (log 2: tells nothing)", "adversarial": "adversarial"}
     names, measured = [name for name in labels if name in log[0]], [row for row in log if "scores" in row]
     images, width = np.array([row["images"] for row in log]), max(1, len(log) // 20)
@@ -2688,7 +2685,7 @@ def sample(args: argparse.Namespace, teacher: Teacher, student: nn.Module | None
 
 def evaluate(args: argparse.Namespace, teacher: Teacher, student: nn.Module) -> None:
     """Runs --evaluate: measures the teacher's own sampler, and a student at 1, 2 and 4 steps."""
-    given = read_prompts(args.prompts) if args.prompts else read_captions(Path(args.data))[0] if args.data else []
+    given = read_prompts(args.prompts) if args.prompts else read_captions(args.data)[0] if args.data else []
     out, evaluation = Path(args.out), Evaluation(teacher, args.clip, given, args.num, args.seed)
     prompts = evaluation.prompts
     check_memory(teacher, {"weights": 2 * sum(w.numel() for w in student.parameters()) * teacher.dtype.itemsize})
@@ -2808,8 +2805,7 @@ SETTINGS += ("iters", "accumulate", "fake_updates")  # arguments of distill
 def train(args: argparse.Namespace, teacher: Teacher, start: nn.Module | None) -> None:
     """Distills the teacher into a student, and saves student, state, measurements and pictures."""
     out, (rank, world), device = Path(args.out), rank_and_world(), teacher.device
-    prompts, files = read_captions(Path(args.data)) if args.data else ([], [])
-    prompts = read_prompts(args.prompts) if args.prompts else prompts
+    prompts, files = read_captions(args.data) if args.data else (read_prompts(args.prompts) if args.prompts else [], [])
     evaluation = Evaluation(teacher, args.clip, prompts, args.num, args.seed) if args.evaluate_every else None
     check_memory(teacher, training_memory(teacher, args.lora, args.accumulate, bool(start)))
     first = begin_run(out, args)
