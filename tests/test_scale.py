@@ -411,6 +411,29 @@ def test_the_host_reads_nothing_in_an_iteration(name, data):
         assert bool(reads.seen) == (kind is not adam), reads.seen
 
 
+@pytest.mark.parametrize("lora, data", [(None, True), (3, False)], ids=["full, data-aided", "adapters, data-free"])
+@pytest.mark.parametrize("name", NETWORKS)
+def test_an_iteration_on_a_device_takes_nothing_from_the_host(name, lora, data):
+    """As a GPU has it by default: bf16, recomputed blocks, several parts an update. The device is
+    torch's meta: it computes nothing, and refuses tensors of the CPU as a GPU does."""
+    dit = network(name).requires_grad_(False)  # as it is loaded
+    teacher = SimpleNamespace(dit=dit, device=torch.device("meta"), dtype=torch.bfloat16)
+    nets = (*sid_fm.three_networks(teacher, None, lora), teacher.dit)
+    for net in nets:
+        sid_fm.recompute_blocks(net)
+    optimizers = [adam(net, accumulate=True) for net in nets[:2]]
+    x_t, _, cond = inputs(2)
+    cond = {key: x.to("meta", torch.bfloat16) for key, x in cond.items()}
+    batches = [*[(cond, (x_t.to("meta"), cond) if data else None)] * 2, *[(cond, None)] * 2]
+    options = {"guidance": 2.0, "uncond": {key: x[:1] for key, x in cond.items()}, "warmup": (0, 0), "accumulate": 2}
+    loop = sid_fm.distill(teacher.dit, *nets[:2], optimizers, batches, x_t.shape, rng=torch.Generator(), **options)
+    for measured in loop:
+        assert {x.device.type for x in measured.values() if isinstance(x, torch.Tensor)} == {"meta"}
+    assert measured["iteration"] == 0
+    kept = [x for net, optimizer in zip(nets, optimizers) for x in sid_fm.state_of(net, optimizer).values()]
+    assert {x.device.type for x in kept} == {"meta"} and {x.dtype for x in kept} == {torch.bfloat16, torch.float32}
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Many processes
 # ----------------------------------------------------------------------------------------------------------------------

@@ -407,6 +407,30 @@ def test_a_sprint_student_of_a_sprint_teacher_is_fed_t(pipeline, loaded):
     assert student.guidance == 4.5
 
 
+@pytest.mark.parametrize("family", ["sd3-medium", "flux-dev", "sana", "sana-sprint"])
+def test_a_teacher_on_a_device_takes_nothing_from_the_host(pipeline, monkeypatch, family):
+    """Text, samples, pictures and posteriors in bf16, on torch's meta device: it computes nothing,
+    and refuses tensors of the CPU as a GPU does."""
+    monkeypatch.setattr(sid_fm, "check_finite", lambda x, *_: x)  # there are no numbers
+    teacher = load_teacher(pipeline(family))
+    teacher.instruction, teacher.tokens = "", 16
+    teacher.encode_prompts([""])
+    for net in (teacher.dit, teacher.vae):
+        sid_fm.to_device(net, "meta", torch.bfloat16)
+    for _, net in teacher.text.parts.values():
+        net.to("meta", torch.bfloat16)
+    teacher.device = teacher.text.device = torch.device("meta")
+    teacher.dtype = torch.bfloat16
+    cond, uncond = teacher.encode_prompts(PROMPTS), teacher.encode_prompts([""])
+    z = sid_fm.noise_like(torch.empty(len(PROMPTS), *teacher.latent_shape(128), device="meta"), torch.Generator())
+    x = teacher.sample(z, cond, uncond, steps=2, guidance=3.0)
+    images = teacher.decode(x)
+    mean, deviation = teacher.posterior(images)
+    for part in (*cond.values(), x, images, mean, deviation):
+        assert part.device.type == "meta"
+    assert x.dtype == images.dtype == mean.dtype == torch.float32 and cond["text"].dtype == torch.bfloat16
+
+
 def test_weights_are_copied_from_their_files(pipeline, tmp_path):
     """A loaded network keeps its weights when its file is written again. A mapped one, whose
     weights are still in the file, does not; to_device copies them."""
