@@ -217,7 +217,7 @@ class Bench(Case):
             copy.deepcopy(net, {id(x): x for x in net.state_dict(keep_vars=True).values()}) for net in self.nets
         )
         self.theirs = tuple(map(self.on_diffusers, self.nets))
-        torch.backends.cuda.enable_cudnn_sdp(not recompute)  # as sid_fm.three_networks does
+        torch.backends.cuda.enable_cudnn_sdp(not recompute)  # as sid_fm.recompute_blocks does
         for ours, theirs in zip(self.ours, self.theirs) if recompute else ():
             sid_fm.recompute_blocks(ours)
             theirs.net.enable_gradient_checkpointing()
