@@ -106,16 +106,16 @@ def changed(folder: Path, other: Path) -> list[str]:
 
 
 def assert_whole(out: Path, teacher: Path, data: bool) -> None:
-    """A finished run of 30 iterations at batch 4: its log, its pictures, and a student that
+    """A finished run of 16 iterations at batch 4: its log, its pictures, and a student that
     diffusers opens."""
     log = read_log(out)
-    assert [row["iteration"] for row in log] == list(range(30)) and log[-1]["images"] == 120
+    assert [row["iteration"] for row in log] == list(range(16)) and log[-1]["images"] == 64
     assert all(math.isfinite(x) for row in log for x in row.values())
     assert all(row.keys() >= {"fisher", "fake_loss", "loss", "k"} for row in log)
     assert all(("discriminator" in row and "adversarial" in row) == data for row in log)
     assert {row["k"] for row in log} == {1, 2, 3, 4}
     pictures = [*out.glob("samples-*.png"), out / "loss.png"]
-    assert (out / "samples-000030.png") in pictures
+    assert (out / "samples-000016.png") in pictures
     for file in pictures:
         with Image.open(file) as image:
             assert np.asarray(image.convert("L")).std() > 5 and min(image.size) > 100
@@ -133,14 +133,14 @@ def assert_whole(out: Path, teacher: Path, data: bool) -> None:
 
 @pytest.fixture(scope="module")
 def finished(pipeline, files, tmp_path_factory):
-    """finished(family, data) -> the folder of a run of 30 iterations at batch 4."""
+    """finished(family, data) -> the folder of a run of 16 iterations at batch 4."""
 
     @functools.cache
     def finished(family: str, data: str) -> Path:
         out = tmp_path_factory.mktemp("runs") / family
         arguments = ["--data", files / data] if data else ["--prompts", files / "prompts.txt"]
         arguments += ["--tokens", 16, "--instruction", files / "instruction.txt", "--device", "cpu"]
-        arguments += ["--iters", 30, "--batch", 4, "--accumulate", 1, "--out", out]
+        arguments += ["--iters", 16, "--batch", 4, "--accumulate", 1, "--out", out]
         sid_fm.main(["--teacher", str(pipeline(family)), *map(str, arguments)])
         return out
 
@@ -171,9 +171,9 @@ def test_every_family_is_distilled_with_data(pipeline, finished, family):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_is_distilled_without_anything_else(pipeline, files, monkeypatch, tmp_path, family):
     """Composed prompts at their full length, in two stretches, at the teacher's resolution."""
-    monkeypatch.setattr(sid_fm, "STRETCH", 128)
+    monkeypatch.setattr(sid_fm, "STRETCH", 64)
     arguments = ["--instruction", str(files / "instruction.txt"), "--device", "cpu", "--out", str(tmp_path / "run")]
-    sid_fm.main(["--teacher", str(pipeline(family)), "--iters", "30", "--batch", "4", "--accumulate", "1", *arguments])
+    sid_fm.main(["--teacher", str(pipeline(family)), "--iters", "16", "--batch", "4", "--accumulate", "1", *arguments])
     assert_whole(tmp_path / "run", pipeline(family), data=False)
 
 
