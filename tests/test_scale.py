@@ -906,7 +906,7 @@ def test_a_run_that_is_killed_twenty_times_ends_as_if_it_had_not_been(command, m
     rng, out, killed = random.Random(0), tmp_path / "killed", 0
     for _ in range(20):
         process = start("killed", *["--resume"] * (out / "args.json").exists())
-        process.join(rng.uniform(0.5, 3))
+        process.join(rng.uniform(0.5, 2))
         killed += process.is_alive()
         process.kill()
         process.join()
