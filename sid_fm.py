@@ -238,7 +238,8 @@ WEIGHTS = {
 
 
 def loss_weight(weight: str | Tensor, t: Tensor, x_g: Tensor, d_real: Tensor) -> Tensor:
-    """Returns w(t): [B], without gradient, by name, or w itself. Raises ValueError."""
+    """Returns w(t): [B], without gradient. weight: a key of WEIGHTS, or w itself. Raises ValueError
+    for another name."""
     if isinstance(weight, Tensor):
         return weight
     check_choice("weight", weight, WEIGHTS)
@@ -2104,6 +2105,13 @@ def training_memory(teacher: Teacher, lora: int | None, accumulate: int = 1, oth
     }
 
 
+def device_memory(device: str) -> float:
+    """Returns the bytes of the GPU's or else the machine's memory; infinity if unknown."""
+    if device == "cuda":
+        return torch.cuda.mem_get_info()[1]
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else math.inf
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # 9. Evaluation: CLIP score, maximum mean discrepancy, diversity
 # ----------------------------------------------------------------------------------------------------------------------
@@ -2620,11 +2628,7 @@ def settle(args: argparse.Namespace) -> tuple[argparse.Namespace, Teacher, nn.Mo
 
 def check_memory(teacher: Teacher, parts: dict[str, float]) -> None:
     """Prints the memory that a run takes, by part. Raises BadInput if the device has less."""
-    needed, have = sum(parts.values()), math.inf
-    if teacher.device.type == "cuda":
-        have = torch.cuda.mem_get_info()[1]
-    elif hasattr(os, "sysconf"):  # else unknown
-        have = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    needed, have = sum(parts.values()), device_memory(teacher.device.type)
     listed = ", ".join(f"{name} {size / 1e9:.1f}" for name, size in parts.items())
     line = f"{teacher.name} takes {needed / 1e9:.1f} GB of memory ({listed}), besides activations, text encoders and "
     line += f"autoencoder; {teacher.device.type} has {have / 1e9:.1f} GB"

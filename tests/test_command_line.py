@@ -5,7 +5,6 @@ import functools
 import gc
 import json
 import math
-import os
 import re
 import shlex
 import shutil
@@ -743,7 +742,7 @@ def test_a_student_that_is_no_student(pipeline, refused, tmp_path):
 @pytest.mark.parametrize("mode", ["train", "lora", "sample", "evaluate"])
 def test_a_device_that_cannot_hold_it(pipeline, student, clip_folder, refused, monkeypatch, tmp_path, mode):
     """One line with advice, before prompts are encoded or any weight is copied."""
-    monkeypatch.setattr(os, "sysconf", lambda name: 30)
+    monkeypatch.setattr(sid_fm, "device_memory", lambda device: 1e3)
     monkeypatch.setattr(sid_fm.Teacher, "encode_prompts", lambda *args: pytest.fail("encoded prompts"))
     arguments = {
         "train": [],
@@ -763,7 +762,7 @@ def test_a_run_says_what_memory_it_takes(pipeline, run, untrained, monkeypatch, 
     assert "GB of memory" not in capsys.readouterr().err
     parts = {"frozen weights": 4.06e9, "Adam": 16.2e9}
     monkeypatch.setattr(sid_fm, "training_memory", lambda *args: parts)
-    monkeypatch.setattr(os, "sysconf", {"SC_PAGE_SIZE": 4000, "SC_PHYS_PAGES": 8_000_000}.get)
+    monkeypatch.setattr(sid_fm, "device_memory", lambda device: 32e9)
     run(pipeline("sana"), *SHORT, "--out", tmp_path / "large")
     line, *_ = capsys.readouterr().err.splitlines()
     assert "takes 20.3 GB of memory (frozen weights 4.1, Adam 16.2)" in line and "cpu has 32.0 GB" in line

@@ -34,7 +34,6 @@ import datetime
 import gc
 import json
 import math
-import os
 import sys
 import textwrap
 from collections import Counter
@@ -208,12 +207,6 @@ def difference(what: str, ours: object, its: object) -> float | str:
         return first_line(raised)
 
 
-def memory_of(device: str) -> int:
-    if device == "cuda":
-        return torch.cuda.mem_get_info()[1]
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-
-
 def place(folder: Path, device: str | None) -> tuple[str, torch.dtype]:
     """The device, by default the CPU if float32 fits there or if there is no GPU; and the dtype."""
     sizes: Counter = Counter()
@@ -221,7 +214,7 @@ def place(folder: Path, device: str | None) -> tuple[str, torch.dtype]:
         sizes[part.partition("_")[0]] += 4 * sum(math.prod(shape) for _, shape in tensors_of(folder / part))
 
     def fits(device: str) -> bool:
-        return max(sizes.values()) < 0.7 * memory_of(device)
+        return max(sizes.values()) < 0.7 * sid_fm.device_memory(device)
 
     device = device or ("cpu" if fits("cpu") or not torch.cuda.is_available() else "cuda")
     return device, torch.float32 if fits(device) else torch.bfloat16

@@ -10,7 +10,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import test_real
 import torch
 from oracle import Oracle
 from safetensors.torch import load_file, save_file
@@ -44,7 +43,7 @@ def test_here_as_in_diffusers(pipeline, family, tmp_path):
 
 
 def test_where_float32_does_not_fit_it_is_bfloat16(pipeline, monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(test_real, "memory_of", lambda device: 0)
+    monkeypatch.setattr(sid_fm, "device_memory", lambda device: 0.0)
     rows = check(str(pipeline("flux-dev")), out=tmp_path / "picture.png")
     assert not failed(rows)
     assert any(row.error > 1e-3 for row in rows)
